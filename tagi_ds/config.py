@@ -1,0 +1,227 @@
+"""The typed description of a run: what a recipe may say, field by field.
+
+A recipe is one YAML file with the sections below and an optional ``stages`` table, whose entry for the
+launched stage (``pretrain``, ``finetune``, ...) is laid over the common part. Reading, overriding on the
+command line and saving live in :mod:`tagi_ds.recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+STAGES = ("backbone", "train_teachers", "store_logits", "pretrain", "finetune", "meta_train", "evaluate", "convert")
+"""The stages of a study in the order in which they run; ``backbone`` only where no published one is used."""
+
+
+@dataclass
+class ModelConfig:
+    """The backbone and the hypernetwork on top of it."""
+
+    backbone: str | None = None
+    """Folder or hub id of a T5-family model. Default: the study's own ``backbone/model``."""
+    initial: str | None = None
+    """Folder of a converted TAGI model to start from (finetuning: the pretrained one). Default: none."""
+    method: Literal["tagi", "hint", "hypertuning", "hypter"] = "tagi"
+    """Named configuration of the parts (paper, Table 1); it sets `fusion` and `concatenate`."""
+    rank: int = 32
+    """Rank r of every generated LoRA."""
+    alpha: float = 32.0
+    """LoRA scaling is alpha / rank."""
+    sites: list[str] = field(default_factory=lambda: ["q", "v"])
+    """Adapted linears of every attention (q, k, v, o) and feed-forward (wi, wo)."""
+    a: Literal["generated", "shared"] = "generated"
+    """`shared`: A is one frozen matrix a site, as in the teachers' store, and only B is generated."""
+    bottleneck: int = 64
+    """Width m of the generator's two-layer MLP."""
+    head: Literal["full", "slot"] = "full"
+    """`full`: the MLP's last layer emits all r rows; `slot`: one head shared by the r rank slots (for 11B)."""
+    pooling: Literal["attention", "mean"] = "attention"
+    """How the encoded instruction becomes a vector a site: one learned query a site, or the masked mean."""
+    fusion: bool = True
+    """Instruction fusion in every encoder layer (paper, section 3.3)."""
+    fusion_norm: Literal["pre", "post"] = "pre"
+    """`post` is the paper's LayerNorm(S + Attention); `pre` starts as the identity."""
+    fusion_start: Literal["backbone", "random"] = "backbone"
+    """Start of fusion's q, k, v: the layer's own self-attention weights, or random."""
+    fusion_heads: int | None = None
+    """Heads of the fusion's attention; default the backbone's. Fewer make fusion narrower."""
+    concatenate: bool = True
+    """The decoder attends to [I ; F] rather than to F alone."""
+    also_train: Literal["nothing", "norms", "embeddings", "norms_embeddings", "all"] = "nothing"
+    """Backbone parameters trained beside the hypernetwork, to reproduce published variants."""
+    dropout: float | None = None
+    """Overrides the backbone's dropout rate; None keeps it."""
+
+
+@dataclass
+class DataConfig:
+    """What is read and how it is cut into batches."""
+
+    sni_dir: str | None = None
+    """Folder in Super-NaturalInstructions' layout (tasks/, splits/). Default: the embedded benchmark."""
+    c4_dir: str | None = None
+    """Folder of C4 shards (*.json.gz, *.jsonl). Default: the embedded corpus."""
+    split: str = "default"
+    """Name of the folder under splits/."""
+    train_split: str = "train_tasks"
+    """Split file with the training tasks, without `.txt`."""
+    validation_split: str | None = None
+    """Split file with validation tasks; without one, `validation_tasks` training tasks are held out."""
+    validation_tasks: int = 8
+    """Training tasks held out for choosing the best checkpoint where no validation split is named."""
+    prompt: Literal["tk_instruct", "plain"] = "tk_instruct"
+    """Wording around instruction and input: Tk-Instruct's, or the bare texts joined by a line break."""
+    positives: int = 0
+    """Positive examples in the instruction: 0 is `Def`, 2 is `Def + 2 Pos`."""
+    english_only: bool = True
+    """Leave out tasks whose input or output language is not English."""
+    max_instances: int = 100
+    """Instances a task at the most, chosen by the seed."""
+    max_source_tokens: int = 1024
+    """Truncation of an instruction and of an input."""
+    max_target_tokens: int = 128
+    """Truncation of a target."""
+    tasks_per_batch: int = 16
+    """Distinct tasks (pretraining: documents) in one global batch."""
+    examples_per_task: int = 1
+    """Examples of each task in one global batch."""
+    min_part_tokens: int = 8
+    """C4: least length of each of the parts a | b | c."""
+    document_tokens: int = 1024
+    """C4: length to which a document is truncated before it is cut."""
+
+
+@dataclass
+class TeacherConfig:
+    """Task-specific LoRA teachers and the logit teacher."""
+
+    unit: Literal["category", "task"] = "category"
+    """What one teacher learns: a task category (paper) or a single task."""
+    max_units: int | None = None
+    """Train teachers for the first so many units of a seeded order only; the rest learns from labels and logits."""
+    batched: int = 16
+    """Teachers trained together over one frozen backbone in one process."""
+    examples: int = 8
+    """Examples a teacher and step."""
+    steps: int = 10_000
+    """Steps of each teacher."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate for the teachers."""
+    train_a: bool = True
+    """False freezes the recorded common A and trains B alone."""
+    validation_share: float = 0.1
+    """Share of each unit's instances kept for the stop and for the gain."""
+    min_gain: float = 0.0
+    """A teacher whose validation loss falls by less than this (nats a token) is left out of the alignment."""
+    logit_teacher: str | None = None
+    """Seq2seq model that reads instruction + input. Default: the study's backbone."""
+    top_k: int = 12
+    """Entries kept a target token; the tail's mass is kept beside them."""
+    temperature: float = 1.0
+    """Temperature of the stored distributions."""
+
+
+@dataclass
+class LossConfig:
+    """L = label·L_pred + kl·KL + alignment·MSE (paper, section 3.4)."""
+
+    label: float = 1.0
+    """Weight of L_pred; 0 is the paper's ablation."""
+    kl: float = 0.0
+    """λ1. The paper's value is 5."""
+    alignment: float | Literal["sigmoid"] = 0.0
+    """λ2: a number, or `sigmoid` for the paper's sigmoid(stop_gradient(MSE)), taken per task."""
+    alignment_form: Literal["mse", "product"] = "product"
+    """`mse` on (A, B) as in the paper, or gauge-free on B·A through Gram matrices."""
+    logit_store: str | None = None
+    """Folder of the logit store; default the study's own when kl > 0."""
+    parameter_store: str | None = None
+    """Folder of the parameter store; default the study's own when alignment is on."""
+    missing: Literal["error", "label_only"] = "error"
+    """What to do with examples or units that the stores lack."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """Adafactor runs in the single process only (ZeRO flattens what it factors)."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup: float = 0.02
+    """Share of the steps over which the rate rises linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows the warmup."""
+    clip: float = 1.0
+    """Global gradient norm; 0 leaves gradients as they are."""
+
+
+@dataclass
+class EngineConfig:
+    """How the steps are run."""
+
+    strategy: Literal["single", "zero2", "zero3"] = "zero3"
+    """`single` is the plain torch reference; the others run through DeepSpeed."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON laid under what the run decides itself. Default: ds_configs/<strategy>.json."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights of what trains."""
+    steps: int = 1000
+    """Optimizer steps."""
+    accumulation: int = 1
+    """Micro-batches a step and rank. The global batch does not depend on it."""
+    activation_checkpointing: bool = False
+    """Recompute the backbone's blocks in the backward pass."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    evaluate_every: int = 0
+    """Steps between two evaluations on the validation tasks; 0: at the end only."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints kept beside the best."""
+    timeout_s: int = 1800
+    """After so long without an answer a collective operation ends the run."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation by generation."""
+
+    model: str | None = None
+    """Folder to evaluate: a converted TAGI model or an ordinary seq2seq model. Default: the study's."""
+    groups: dict[str, str] | None = None
+    """Name of a group of tasks -> split file (without .txt). Default: {"test": "test_tasks"}, or what exists."""
+    batch_examples: int = 64
+    """Examples generated together on one rank."""
+    max_instances: int = 100
+    """Instances a task at the most."""
+    beams: int = 1
+    """Beams; 1 is greedy."""
+
+
+@dataclass
+class RunConfig:
+    """One run of one stage."""
+
+    study_dir: str = "runs/quickstart"
+    """Folder of the whole study: each stage's run folder lies in it and finds its predecessors there."""
+    output_dir: str | None = None
+    """Run folder. Default: <study_dir>/<stage>."""
+    seed: int = 0
+    """Seed of initialisation, order and choice."""
+    scale: float = 1.0
+    """Multiplies every number of steps; 0.02 makes a smoke run of a recipe."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teachers: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -1,0 +1,1 @@
+"""Data: tasks, examples, and the batches made of them."""
