@@ -1,0 +1,138 @@
+"""What a configuration's values must satisfy, each by itself and together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tagi_ds.config import RunConfig
+from tagi_ds.errors import UserError
+
+SITES = ("q", "k", "v", "o", "wi", "wo")
+"""Linears that may be adapted."""
+
+_POSITIVE = (
+    "model.rank",
+    "model.alpha",
+    "model.bottleneck",
+    "model.fusion_heads",
+    "data.max_instances",
+    "data.max_source_tokens",
+    "data.max_target_tokens",
+    "data.tasks_per_batch",
+    "data.examples_per_task",
+    "data.min_part_tokens",
+    "data.document_tokens",
+    "teachers.max_units",
+    "teachers.batched",
+    "teachers.examples",
+    "teachers.steps",
+    "teachers.learning_rate",
+    "teachers.top_k",
+    "teachers.temperature",
+    "optimizer.learning_rate",
+    "engine.steps",
+    "engine.accumulation",
+    "engine.log_every",
+    "engine.keep_checkpoints",
+    "engine.timeout_s",
+    "evaluation.batch_examples",
+    "evaluation.max_instances",
+    "evaluation.beams",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "data.validation_tasks",
+    "data.positives",
+    "loss.label",
+    "loss.kl",
+    "optimizer.weight_decay",
+    "optimizer.clip",
+    "engine.evaluate_every",
+    "engine.checkpoint_every",
+)
+_SHARES = ("model.dropout", "teachers.validation_share")
+
+
+def check(config: RunConfig, stage: str) -> None:
+    """Checks a resolved configuration for the launched stage.
+
+    Raises:
+        UserError: the first value, or pair of values, that makes no sense.
+    """
+    for problem, mend in (*_single(config), *_together(config), *_for_stage(config, stage)):
+        raise UserError(problem, mend)
+
+
+def _value(config: RunConfig, key: str) -> float | None:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
+
+
+def _single(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for key in _POSITIVE:
+        value = _value(config, key)
+        # Written as "not above" so that NaN is refused too.
+        if value is not None and not value > 0:
+            yield f"{key} is {value}", "give a number above 0"
+    for key in _NOT_NEGATIVE:
+        value = _value(config, key)
+        if value is not None and not value >= 0:
+            yield f"{key} is {value}", "give 0 or a number above 0"
+    for key in _SHARES:
+        value = _value(config, key)
+        if value is not None and not 0 <= value < 1:
+            yield f"{key} is {value}", "give a share from 0 up to, but without, 1"
+    if not 0 <= config.optimizer.warmup <= 1:
+        yield f"optimizer.warmup is {config.optimizer.warmup}", "give the share of the steps, from 0 to 1"
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        yield f"optimizer.betas are {list(config.optimizer.betas)}", "give two numbers from 0 up to, but without, 1"
+    sites = config.model.sites
+    if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
+        yield f"model.sites is {sites}", f"name each of {', '.join(SITES)} once at most, and at least one"
+    alignment = config.loss.alignment
+    if not isinstance(alignment, str) and not alignment >= 0:
+        yield f"loss.alignment is {alignment}", "give 0, a number above 0, or sigmoid"
+    for group in config.evaluation.groups or {}:
+        if not group or group.startswith(".") or "/" in group:
+            yield (
+                f"evaluation.groups has a group named {group!r}",
+                "use a name that can be a file's: letters, digits, _",
+            )
+    if config.evaluation.groups == {}:
+        yield "evaluation.groups is empty", 'name groups as {"test": "test_tasks"}, or leave the field out'
+
+
+def _together(config: RunConfig) -> Iterator[tuple[str, str]]:
+    data, model, engine = config.data, config.model, config.engine
+    if data.document_tokens < 3 * data.min_part_tokens:
+        yield (
+            f"data.document_tokens {data.document_tokens} cannot hold three parts of "
+            f"data.min_part_tokens {data.min_part_tokens}",
+            "raise data.document_tokens or lower data.min_part_tokens",
+        )
+    if config.optimizer.name == "adafactor" and engine.strategy != "single":
+        yield (
+            f"optimizer.name adafactor with engine.strategy {engine.strategy}: ZeRO flattens what it factors",
+            "set optimizer.name adamw, or engine.strategy single",
+        )
+    if engine.deepspeed is not None and not Path(engine.deepspeed).is_file():
+        yield f"engine.deepspeed: {engine.deepspeed} is missing", "name a DeepSpeed JSON file, or leave the field out"
+    shared_factors = model.a == "shared" and config.loss.alignment_form == "mse" and config.loss.alignment != 0
+    if shared_factors and config.teachers.train_a:
+        yield (
+            "model.a shared with loss.alignment_form mse, but teachers.train_a true: B is comparable under one A only",
+            "set teachers.train_a false, or loss.alignment_form product",
+        )
+
+
+def _for_stage(config: RunConfig, stage: str) -> Iterator[tuple[str, str]]:
+    loss = config.loss
+    if stage == "pretrain" and (loss.kl != 0 or loss.alignment != 0):
+        yield (
+            f"loss.kl {loss.kl} and loss.alignment {loss.alignment} in pretraining: the corpus has no teachers",
+            "move them under stages.finetune.loss",
+        )
+    learned = (loss.label,) if stage == "pretrain" else (loss.label, loss.kl, loss.alignment)
+    if stage in ("pretrain", "finetune") and all(weight == 0 for weight in learned):
+        yield "every weight of the loss is 0: nothing would be learned", "set loss.label, loss.kl or loss.alignment"

@@ -1,0 +1,134 @@
+"""The run folder: created, resumed, refused."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tagi_ds.config import RunConfig
+from tagi_ds.errors import UserError
+from tagi_ds.recipe import parse
+from tagi_ds.run_folder import differing_fields, done_summary, is_done, mark_done, open_run
+
+
+def _config(folder: Path, *flags: str) -> RunConfig:
+    return parse("finetune", ["--output_dir", str(folder), *flags]).config
+
+
+def test_a_fresh_folder_records_configuration_and_circumstances(tmp_path: Path) -> None:
+    config = _config(tmp_path / "run", "--data.tasks_per_batch", "6", "--data.examples_per_task", "2")
+    folder = open_run(config, "finetune", world_size=4)
+    assert folder == tmp_path / "run"
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    run = saved["run"]
+    assert (run["stage"], run["world_size"], run["global_batch"]) == ("finetune", 4, 12)
+    assert set(run["versions"]) == {"python", "torch", "deepspeed", "transformers", "tagi_ds"}
+    assert "git" in run
+    assert parse("finetune", ["--config", str(folder / "config.yaml")]).config == config
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    folder = open_run(_config(tmp_path / "run"), "finetune", world_size=2, rank=1)
+    assert folder.is_dir()
+    assert list(folder.iterdir()) == []
+
+
+def test_the_same_run_goes_on(tmp_path: Path) -> None:
+    folder = open_run(_config(tmp_path / "run"), "finetune", 1)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    again = ["--engine.log_every", "3", "--engine.checkpoint_every", "7", "--engine.timeout_s", "5"]
+    again += ["--engine.keep_checkpoints", "9", "--engine.evaluate_every", "4", "--study_dir", "elsewhere"]
+    for world_size in (1, 2):
+        assert open_run(_config(tmp_path / "run", *again), "finetune", world_size) == folder
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--engine.steps", "17", "engine.steps: 1000 -> 17"),
+        ("--model.sites", "[q]", "model.sites: ['q', 'v'] -> ['q']"),
+        ("--seed", "1", "seed: 0 -> 1"),
+        ("--data.sni_dir", "elsewhere", "data.sni_dir: None -> elsewhere"),
+        ("--engine.strategy", "zero2", "engine.strategy: zero3 -> zero2"),
+    ],
+)
+def test_another_run_is_refused_and_its_fields_named(tmp_path: Path, flag: str, value: str, expected: str) -> None:
+    folder = open_run(_config(tmp_path / "run"), "finetune", 1)
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(UserError) as refused:
+        open_run(_config(tmp_path / "run", flag, value), "finetune", 1)
+    assert expected in str(refused.value)
+    assert str(folder) in str(refused.value)
+    assert "--output_dir" in refused.value.mend
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_another_stage_is_refused(tmp_path: Path) -> None:
+    open_run(_config(tmp_path / "run"), "finetune", 1)
+    with pytest.raises(UserError, match="stage finetune, not meta_train"):
+        open_run(_config(tmp_path / "run"), "meta_train", 1)
+
+
+def test_a_path_spelled_otherwise_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_run(_config(tmp_path / "run", "--data.sni_dir", "sni"), "finetune", 1)
+    open_run(_config(tmp_path / "run", "--data.sni_dir", str(tmp_path / "sni")), "finetune", 1)
+    with pytest.raises(UserError, match=r"data\.sni_dir"):
+        open_run(_config(tmp_path / "run", "--data.sni_dir", "other"), "finetune", 1)
+
+
+def test_a_field_that_the_saved_run_did_not_know_had_its_default() -> None:
+    assert differing_fields(RunConfig(), {"run": {"stage": "finetune"}}) == []
+    changed = dataclasses.replace(RunConfig(), seed=5)
+    assert differing_fields(changed, {}) == ["seed: 0 -> 5"]
+    assert differing_fields(RunConfig(), {"engine": {"forgotten": 1}}) == ["engine.forgotten: 1 -> None"]
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        open_run(_config(tmp_path), "finetune", 1)
+    assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
+
+
+def test_half_made_files_and_runs_inside_are_no_foreign_files(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.123.part").write_text("half")
+    open_run(_config(tmp_path / "inner"), "finetune", 1)
+    assert open_run(_config(tmp_path), "finetune", 1) == tmp_path
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="not a folder"):
+        open_run(_config(tmp_path / "run"), "finetune", 1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot write to"):
+        open_run(_config(tmp_path / "locked" / "run"), "finetune", 1)
+
+
+def test_a_folder_that_no_one_can_write_to() -> None:
+    with pytest.raises(UserError, match="cannot write to"):
+        open_run(_config(Path("/proc/tagi_run")), "finetune", 1)
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("engine: [")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        open_run(_config(tmp_path), "finetune", 1)
+
+
+def test_done(tmp_path: Path) -> None:
+    folder = open_run(_config(tmp_path / "run"), "finetune", 1)
+    assert not is_done(folder)
+    with pytest.raises(UserError, match=r"done\.json is missing"):
+        done_summary(folder)
+    mark_done(folder, {"steps": 20, "seconds": 1.5})
+    assert is_done(folder)
+    assert done_summary(folder) == {"steps": 20, "seconds": 1.5}
+    assert open_run(_config(tmp_path / "run"), "finetune", 1) == folder
