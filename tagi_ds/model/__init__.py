@@ -1,0 +1,9 @@
+"""The model: instruction -> encoded instruction -> adapters and fusion memory -> adapted backbone -> logits.
+
+Knows nothing of DeepSpeed, data sets, run folders or logging.
+"""
+
+from tagi_ds.model.adapter import LowRank, Site, TaskState
+from tagi_ds.model.tagi import TagiConfig, TagiForConditionalGeneration, TagiOutput
+
+__all__ = ["LowRank", "Site", "TagiConfig", "TagiForConditionalGeneration", "TagiOutput", "TaskState"]

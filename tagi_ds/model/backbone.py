@@ -1,0 +1,139 @@
+"""Loading a frozen T5-family backbone with its own output head intact.
+
+transformers 5 declares every T5 tied to its embeddings and unties only where the loaded tensors differ. Under
+ZeRO-3 that comparison sees empty shards, so the separate head of T5 v1.1, LM-adapt, T0 and Flan is silently
+replaced by the embeddings. Here a checkpoint that holds ``lm_head.weight`` gets a class that never ties it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import MT5ForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from tagi_ds.errors import UserError
+from tagi_ds.files import read_json, sha256_of
+
+ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
+    "t5": T5ForConditionalGeneration,
+    "mt5": MT5ForConditionalGeneration,
+}
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "pytorch_model*.bin"]
+
+
+@functools.cache
+def backbone_class(model_type: str, own_head: bool) -> type[PreTrainedModel]:
+    """The class of a backbone; with `own_head` its output head is never tied to the embeddings.
+
+    Raises:
+        UserError: not a T5-family model type.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"backbones of type {model_type!r} are not supported", f"use one of {sorted(ARCHITECTURES)}")
+    base = ARCHITECTURES[model_type]
+    if not own_head:
+        return base
+    tied = {name: source for name, source in base._tied_weights_keys.items() if name != "lm_head.weight"}
+    return type(f"OwnHead{base.__name__}", (base,), {"_tied_weights_keys": tied})
+
+
+def resolve_folder(name: str) -> Path:
+    """The local folder of a model: `name` itself, or the hub's snapshot of it.
+
+    Raises:
+        UserError: neither exists.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    mend = "give a folder with config.json and weights, or a hub id that this machine can fetch or has in its cache"
+    if folder.exists() or name.startswith((".", "/")) or name.count("/") > 1:
+        raise UserError(f"backbone {name} has no config.json", mend)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    except Exception as error:
+        raise UserError(f"backbone {name} is neither a folder nor to be had from the hub ({error})", mend) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, sorted; safetensors before pickles.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder} holds no weights", "look for *.safetensors there; the download may be incomplete")
+    return files
+
+
+def has_own_head(folder: Path) -> bool:
+    """Whether the checkpoint has an output head of its own."""
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                names = set(tensors.keys())
+        else:
+            names = set(torch.load(file, weights_only=True, mmap=True))
+        if "lm_head.weight" in names:
+            return True
+    return False
+
+
+@functools.cache
+def content_hash(folder: Path) -> str:
+    """Hex SHA-256 over a model folder's weight files: what stores and checkpoints are bound to."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        digest.update(sha256_of(file).encode())
+    return digest.hexdigest()
+
+
+def load_backbone(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Loads a T5-family model from a resolved folder, head intact.
+
+    Args:
+        folder: of :func:`resolve_folder`.
+        dtype: of the parameters.
+        overrides: of the configuration, e.g. ``dropout_rate``.
+
+    Raises:
+        UserError: an unsupported architecture or damaged files.
+    """
+    model_type = read_json(folder / "config.json").get("model_type", "")
+    cls = backbone_class(model_type, has_own_head(folder))
+    config = AutoConfig.from_pretrained(folder)
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    if config.decoder_start_token_id is None:
+        config.decoder_start_token_id = config.pad_token_id
+    try:
+        return cls.from_pretrained(folder, config=config, dtype=dtype)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load the backbone in {folder}: {error}", "fetch or convert it again") from error
+
+
+def parameters_to_train(backbone: nn.Module, also_train: str) -> list[nn.Parameter]:
+    """Backbone parameters of a named group, chosen by the kind of module that holds them, never by name.
+
+    Args:
+        backbone: the model.
+        also_train: ``nothing``, ``norms``, ``embeddings``, ``norms_embeddings`` or ``all``.
+    """
+    if also_train == "all":
+        return list(backbone.parameters())
+    chosen: dict[int, nn.Parameter] = {}
+    for module in backbone.modules():
+        is_norm = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+        if ("norms" in also_train and is_norm) or ("embeddings" in also_train and isinstance(module, nn.Embedding)):
+            chosen.update((id(parameter), parameter) for parameter in module.parameters(recurse=False))
+    return list(chosen.values())

@@ -1,0 +1,119 @@
+"""Instruction fusion: every encoder layer attends from its input tokens to the encoded instruction.
+
+Paper, section 3.3: F_l = LayerNorm(S_l + MultiHeadAttention(Q = S_l, K = V = I)), S_l the residual stream after
+self-attention. The pre-norm form, S_l + O·Attention(Norm(S_l), Norm(I)) with O = 0 at the start, begins as the
+identity, so that a frozen backbone is not disturbed by an untrained part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class FusionMemory(nn.Module):
+    """Keys and values of one layer's fusion, computed once a distinct instruction."""
+
+    def __init__(self, d_model: int, heads: int, head_width: int, epsilon: float) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, head_width
+        self.norm = nn.RMSNorm(d_model, eps=epsilon)
+        self.k = nn.Linear(d_model, heads * head_width, bias=False)
+        self.v = nn.Linear(d_model, heads * head_width, bias=False)
+
+    def forward(self, instruction: Tensor) -> tuple[Tensor, Tensor]:
+        """(U, S, d) -> keys and values, each (U, heads, S, head width)."""
+        normed = self.norm(instruction)
+        shape = (*instruction.shape[:2], self.heads, self.head_width)
+        return self.k(normed).view(shape).transpose(1, 2), self.v(normed).view(shape).transpose(1, 2)
+
+
+class FusionLayer(nn.Module):
+    """The attention of one layer's input tokens to the instruction.
+
+    Args:
+        norm: ``pre`` or ``post`` (the paper's form, which has no start as the identity).
+    """
+
+    def __init__(self, d_model: int, heads: int, head_width: int, epsilon: float, norm: str) -> None:
+        super().__init__()
+        self.heads, self.head_width, self.post = heads, head_width, norm == "post"
+        self.norm = nn.RMSNorm(d_model, eps=epsilon)
+        self.q = nn.Linear(d_model, heads * head_width, bias=False)
+        self.o = nn.Linear(heads * head_width, d_model, bias=False)
+
+    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """One fusion step.
+
+        Args:
+            hidden: (N, L, d), S_l.
+            keys, values: (N, heads, S, head width).
+            mask: (N, S), 1 on real instruction tokens.
+
+        Returns:
+            (N, L, d), F_l.
+        """
+        query = self.q(hidden if self.post else self.norm(hidden))
+        query = query.view(*hidden.shape[:2], self.heads, self.head_width).transpose(1, 2)
+        # Scores are not scaled: T5 folds the factor into its weights, whose values these projections may start from.
+        attended = functional.scaled_dot_product_attention(
+            query, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask[:, None, None, :].bool(), scale=1.0
+        )
+        update = self.o(attended.transpose(1, 2).flatten(2))
+        return self.norm(hidden + update) if self.post else hidden + update
+
+
+class Fusion(nn.Module):
+    """The fusion parts of all encoder layers.
+
+    Args:
+        blocks: dotted names of the encoder's blocks, in order.
+        d_model, heads, head_width, epsilon: widths and the norm's epsilon, as the backbone's.
+        norm: ``pre`` or ``post``.
+    """
+
+    def __init__(
+        self, blocks: list[str], d_model: int, heads: int, head_width: int, epsilon: float, norm: str = "pre"
+    ) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.memories = nn.ModuleList(FusionMemory(d_model, heads, head_width, epsilon) for _ in blocks)
+        self.layers = nn.ModuleList(FusionLayer(d_model, heads, head_width, epsilon, norm) for _ in blocks)
+
+    def reset_parameters(self) -> None:
+        """T5's own scales for q, k, v; zero output projections in the pre-norm form."""
+        for memory, layer in zip(self.memories, self.layers, strict=True):
+            assert isinstance(memory, FusionMemory)
+            assert isinstance(layer, FusionLayer)
+            d_model, inner = layer.o.weight.shape
+            nn.init.normal_(layer.q.weight, std=(d_model * layer.head_width) ** -0.5)
+            nn.init.normal_(memory.k.weight, std=d_model**-0.5)
+            nn.init.normal_(memory.v.weight, std=d_model**-0.5)
+            if layer.post:
+                nn.init.normal_(layer.o.weight, std=inner**-0.5)
+            else:
+                nn.init.zeros_(layer.o.weight)
+            nn.init.ones_(layer.norm.weight)
+            nn.init.ones_(memory.norm.weight)
+
+    @torch.no_grad()
+    def start_from(self, self_attentions: list[nn.Module], norms: list[nn.Module]) -> None:
+        """Copies each layer's own self-attention q, k, v and norm; the zero output projection stays.
+
+        Raises:
+            ValueError: fewer fusion heads than the backbone has.
+        """
+        for memory, layer, attention, norm in zip(self.memories, self.layers, self_attentions, norms, strict=True):
+            if layer.q.weight.shape != attention.q.weight.shape:  # type: ignore[union-attr]
+                raise ValueError("fusion_start: backbone needs fusion_heads as many as the backbone's; use random")
+            layer.q.weight.copy_(attention.q.weight)  # type: ignore[union-attr, operator, arg-type]
+            memory.k.weight.copy_(attention.k.weight)  # type: ignore[union-attr, operator, arg-type]
+            memory.v.weight.copy_(attention.v.weight)  # type: ignore[union-attr, operator, arg-type]
+            memory.norm.weight.copy_(norm.weight)  # type: ignore[union-attr, operator, arg-type]
+            if not layer.post:
+                layer.norm.weight.copy_(norm.weight)  # type: ignore[union-attr, operator, arg-type]
+
+    def forward(self, instruction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """(U, S, d) -> encoder block name -> (keys, values)."""
+        return {name: memory(instruction) for name, memory in zip(self.blocks, self.memories, strict=True)}

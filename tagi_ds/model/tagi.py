@@ -1,0 +1,347 @@
+"""TAGI as a transformers model: one way from instruction and input to logits.
+
+    state  = compile_instructions(instruction)      encoder -> generator, fusion memory      once an instruction
+    memory = encode_input(input, state)             adapted encoder with fusion              once an input
+    logits = decoder(memory, state)                 adapted decoder attending to [I ; F]     once a token
+
+Training, generation and compiled tasks all take these three steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tagi_ds.model.adapter import STATE_KEYWORD, LowRank, TaskState, find_sites, install
+from tagi_ds.model.backbone import backbone_class, parameters_to_train
+from tagi_ds.model.fusion import Fusion
+from tagi_ds.model.hypernetwork import Hypernetwork, SiteGroup
+
+if TYPE_CHECKING:
+    from tagi_ds.model.compiled import CompiledTask
+
+Gather = Callable[[Iterable[nn.Parameter]], contextlib.AbstractContextManager[Any]]
+"""Makes sharded parameters whole inside a context; a null context where nothing is sharded."""
+
+
+class TagiConfig(PreTrainedConfig):
+    """Configuration of the backbone and the hypernetwork; fields as in :class:`tagi_ds.config.ModelConfig`.
+
+    ``backbone`` is the backbone's own configuration as a dictionary, ``own_head`` whether its output head is apart
+    from its embeddings, ``backbone_hash`` the SHA-256 of the weights it came from.
+    """
+
+    model_type = "tagi"
+
+    backbone: dict | None = None
+    own_head: bool = False
+    backbone_hash: str | None = None
+    backbone_name: str | None = None
+    rank: int = 32
+    alpha: float = 32.0
+    sites: list | None = None
+    a: str = "generated"
+    bottleneck: int = 64
+    head: str = "full"
+    pooling: str = "attention"
+    fusion: bool = True
+    fusion_norm: str = "pre"
+    fusion_heads: int | None = None
+    concatenate: bool = True
+    also_train: str = "nothing"
+    is_encoder_decoder: bool = True
+    pad_token_id: int | None = 0
+    eos_token_id: int | list | None = 1
+    decoder_start_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.sites = self.sites or ["q", "v"]
+        if self.backbone is not None:
+            for key in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+                setattr(self, key, self.backbone.get(key, getattr(self, key)))
+        super().__post_init__(**kwargs)
+
+    @property
+    def backbone_config(self) -> PreTrainedConfig:
+        """The backbone's configuration as an object."""
+        settings = dict(self.backbone or {})
+        model_type = settings.pop("model_type", "t5")
+        # T5 reads its output scaling from tie_word_embeddings and would overwrite the saved value.
+        scale = settings.pop("scale_decoder_outputs", None)
+        config = CONFIG_MAPPING[model_type](**settings)
+        if scale is not None:
+            config.scale_decoder_outputs = scale
+        return config
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """What generation asks for widths and layers: the backbone's configuration."""
+        return self.backbone_config
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's alpha / r."""
+        return self.alpha / self.rank
+
+
+@dataclass
+class TagiOutput(Seq2SeqLMOutput):
+    """Logits (N, T, vocabulary), and the state that the instructions gave, for losses on the adapters."""
+
+    state: TaskState | None = None
+
+
+class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A frozen encoder-decoder backbone answered by adapters that a hypernetwork generates from instructions."""
+
+    config: TagiConfig
+    config_class = TagiConfig
+    base_model_prefix = "tagi"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["T5Block", "MT5Block"]  # noqa: RUF012
+    backbone: Any  # one of backbone.ARCHITECTURES
+
+    def __init__(self, config: TagiConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            sub_config = config.backbone_config
+            backbone = backbone_class(sub_config.model_type, config.own_head)(sub_config)
+        self.backbone = backbone
+        sub = backbone.config
+        sites = find_sites(backbone, config.sites or [])
+        fusion = None
+        if config.fusion:
+            names = [f"encoder.block.{layer}" for layer in range(sub.num_layers)]
+            heads = config.fusion_heads or sub.num_heads
+            fusion = Fusion(names, sub.d_model, heads, sub.d_kv, sub.layer_norm_epsilon, config.fusion_norm)
+        self.hypernetwork = Hypernetwork(
+            sites,
+            fusion,
+            d_model=sub.d_model,
+            bottleneck=config.bottleneck,
+            rank=config.rank,
+            head=config.head,
+            pooling=config.pooling,
+            shared_a=config.a == "shared",
+        )
+        layers = dict(zip(fusion.blocks, fusion.layers, strict=True)) if fusion is not None else {}
+        install(backbone, sites, config.scaling, layers)
+        self.site_table = sites
+        self.generation_config = backbone.generation_config
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel,
+        config: TagiConfig,
+        fusion_start: str = "backbone",
+        gather: Gather = lambda _: contextlib.nullcontext(),
+    ) -> TagiForConditionalGeneration:
+        """A new hypernetwork, drawn from torch's current generator, on a loaded backbone.
+
+        Args:
+            backbone: loaded by :func:`tagi_ds.model.backbone.load_backbone`.
+            config: its `backbone` and `own_head` are filled in here.
+            fusion_start: ``backbone`` or ``random``.
+            gather: makes sharded parameters whole.
+        """
+        config.backbone = backbone.config.to_dict()
+        config.own_head = type(backbone).__name__.startswith("OwnHead")
+        config.__post_init__()
+        model = cls(config, backbone)
+        model.hypernetwork.reset_parameters()
+        fusion = model.hypernetwork.fusion
+        if fusion is not None and fusion_start == "backbone":
+            layers = [block.layer[0] for block in backbone.encoder.block]
+            attentions, norms = [layer.SelfAttention for layer in layers], [layer.layer_norm for layer in layers]
+            with gather([p for module in (*attentions, *norms) for p in module.parameters()]):
+                fusion.start_from(attentions, norms)
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SiteGroup | Fusion):
+            module.reset_parameters()
+
+    def freeze(self, also_train: str | None = None) -> None:
+        """Leaves open what trains: the hypernetwork, and the group of backbone parameters named by `also_train`."""
+        self.config.also_train = also_train or self.config.also_train
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters_to_train(self.backbone, self.config.also_train):
+            parameter.requires_grad_(True)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The backbone's output head."""
+        return self.backbone.lm_head
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The backbone's encoder."""
+        return self.backbone.encoder
+
+    def compile_instructions(self, instruction_ids: Tensor, instruction_attention_mask: Tensor) -> TaskState:
+        """What U instructions imply: adapters, fusion memory, decoder memory.
+
+        Args:
+            instruction_ids, instruction_attention_mask: (U, S) int64.
+        """
+        frozen = not any(p.requires_grad for p in self.backbone.encoder.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            encoded = self.backbone.encoder(
+                input_ids=instruction_ids, attention_mask=instruction_attention_mask
+            ).last_hidden_state
+        adapters, fusion = self.hypernetwork(encoded, instruction_attention_mask)
+        return TaskState(adapters, fusion, encoded, instruction_attention_mask)
+
+    def encode_input(self, input_ids: Tensor, attention_mask: Tensor, state: TaskState) -> tuple[Tensor, Tensor]:
+        """The decoder's memory [I ; F] and its mask, for N inputs.
+
+        Args:
+            input_ids, attention_mask: (N, L) int64.
+            state: of the N examples (its index set).
+
+        Returns:
+            (N, S + L, d) and (N, S + L); without concatenation (N, L, d) and (N, L).
+        """
+        encoded = self.backbone.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, **{STATE_KEYWORD: state}
+        ).last_hidden_state
+        if not self.config.concatenate:
+            return encoded, attention_mask
+        assert state.memory is not None
+        assert state.mask is not None
+        rows = input_ids.shape[0]
+        memory = torch.cat([state.select(state.memory, rows).to(encoded.dtype), encoded], dim=1)
+        return memory, torch.cat([state.select(state.mask, rows), attention_mask], dim=1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_attention_mask: Tensor | None = None,
+        task_index: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        state: TaskState | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> TagiOutput:
+        """Logits for N examples of U tasks.
+
+        Args:
+            input_ids, attention_mask: (N, L); with `encoder_outputs`, the mask of that memory.
+            instruction_ids, instruction_attention_mask: (U, S), unless `state` is given.
+            task_index: (N,), which instruction each example has; None: the single instruction for all.
+            decoder_input_ids: (N, T); by default `labels` shifted right.
+            labels: (N, T), -100 where nothing is to be predicted.
+            state: of :meth:`compile_instructions`.
+            encoder_outputs: the memory of :meth:`encode_input`.
+            past_key_values, use_cache: as in transformers.
+
+        Returns:
+            logits (N, T, vocabulary) and the state.
+        """
+        if state is None:
+            assert instruction_ids is not None
+            assert instruction_attention_mask is not None
+            state = self.compile_instructions(instruction_ids, instruction_attention_mask)
+        state = state.at(task_index)
+        if encoder_outputs is None:
+            assert input_ids is not None
+            assert attention_mask is not None
+            memory, attention_mask = self.encode_input(input_ids, attention_mask, state)
+        else:
+            memory = encoder_outputs[0]
+        if decoder_input_ids is None:
+            decoder_input_ids = self.backbone._shift_right(labels)
+        decoded = self.backbone.decoder(
+            input_ids=decoder_input_ids,
+            encoder_hidden_states=memory,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            **{STATE_KEYWORD: state},
+        )
+        hidden = decoded.last_hidden_state
+        if self.backbone.config.scale_decoder_outputs:
+            hidden = hidden * self.backbone.model_dim**-0.5
+        logits = self.backbone.lm_head(hidden)
+        return TagiOutput(
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            encoder_last_hidden_state=memory,
+            state=state,
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_attention_mask: Tensor | None = None,
+        task_index: Tensor | None = None,
+        task: CompiledTask | TaskState | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Answers N inputs; every decoding setting of transformers' ``generate``.
+
+        Args:
+            input_ids, attention_mask: (N, L).
+            instruction_ids, instruction_attention_mask: (U, S), unless `task` is given.
+            task_index: (N,), which instruction each input has.
+            task: a compiled task; the instruction is then not touched.
+            settings: of ``GenerationMixin.generate`` (``num_beams``, ``do_sample``, ``max_new_tokens``, ...).
+        """
+        if attention_mask is None:
+            attention_mask = input_ids.ne(self.config.pad_token_id).long()
+        if task is None:
+            assert instruction_ids is not None
+            if instruction_attention_mask is None:
+                instruction_attention_mask = instruction_ids.ne(self.config.pad_token_id).long()
+            state = self.compile_instructions(instruction_ids, instruction_attention_mask)
+        else:
+            state = task if isinstance(task, TaskState) else task.state
+        if task_index is None:
+            task_index = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        memory, memory_mask = self.encode_input(input_ids, attention_mask, state.at(task_index))
+        # Beams and samples repeat task_index with the other tensors.
+        return super().generate(  # type: ignore[misc, return-value]
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory),
+            attention_mask=memory_mask,
+            state=state,
+            task_index=task_index,
+            **settings,
+        )
+
+    def compile_task(self, instruction: str | Tensor, tokenizer: Any = None) -> CompiledTask:
+        """A task object that answers inputs without touching its instruction again.
+
+        Args:
+            instruction: its text, or token ids (S,) or (1, S).
+            tokenizer: for a text; by default the one saved beside the model.
+        """
+        from tagi_ds.model.compiled import compile_task
+
+        return compile_task(self, instruction, tokenizer)
+
+
+__all__ = ["LowRank", "TagiConfig", "TagiForConditionalGeneration", "TagiOutput"]
