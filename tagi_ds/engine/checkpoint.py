@@ -1,0 +1,253 @@
+"""Checkpoints that are complete or absent, and the way back from them.
+
+`checkpoints/step_N/` holds the strategy's files, `state.json`, each rank's random state and, written last,
+`manifest.json` with every file's size and SHA-256. The folder is filled aside and renamed into place. DeepSpeed's
+files are pickles: they are read only from the run's own folder and after the manifest has been verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tagi_ds.engine import single
+from tagi_ds.engine.distributed import barrier, broadcast_object, gather_objects, is_main
+from tagi_ds.engine.random_state import load_random_state, save_random_state
+from tagi_ds.engine.strategy import Strategy
+from tagi_ds.errors import UserError
+from tagi_ds.files import read_json, sha256_of, write_json, write_text
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class RunState:
+    """Where a run stands, beside what the strategy holds; JSON-able and the same on every rank.
+
+    Attributes:
+        step: optimizer steps taken.
+        total_steps: steps of the whole run, on which the schedule depends.
+        seconds: training time so far, over all starts.
+        data, extra: state of the batch source and of what else the run carries.
+        best: best value of the metric so far and its step, or None before the first evaluation.
+    """
+
+    step: int = 0
+    total_steps: int = 0
+    seconds: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, float] | None = None
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder.
+
+    Args:
+        run_dir: the run's folder.
+        keep: latest checkpoints kept beside the best.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.keep = max(1, keep)
+
+    def save(self, strategy: Strategy, state: RunState) -> Path:
+        """Writes step_N; called on all ranks together.
+
+        Raises:
+            UserError: on every rank, when one of them cannot write; earlier checkpoints are then as they were.
+            RuntimeError: the ranks' data states differ.
+        """
+        if len({str(data) for data in gather_objects(state.data)}) > 1:
+            raise RuntimeError("the batch source's state differs between ranks; it must describe the whole run")
+        final, aside = self.folder / f"step_{state.step}", self.folder / f".step_{state.step}.part"
+        _together(lambda: _empty(aside) if is_main() else None, aside)
+        _together(lambda: self._write_parts(strategy, aside), aside)
+        _together(lambda: self._publish(strategy, state, aside, final) if is_main() else None, final)
+        return final
+
+    def resume(self, strategy: Strategy) -> RunState | None:
+        """Loads the latest complete checkpoint; None where there is none at all. Called on all ranks together.
+
+        Raises:
+            UserError: none is complete, or the run's layout or model is not the saved one.
+        """
+        chosen = broadcast_object(self._choose() if is_main() else None)
+        if chosen["error"]:
+            raise UserError(*chosen["error"])
+        if chosen["name"] is None:
+            return None
+        folder = self.folder / chosen["name"]
+        saved = read_json(folder / "state.json")
+        _check_layout(folder, saved, strategy)
+        strategy.load(folder)
+        load_random_state(folder, strategy.ranks.rank)
+        barrier()
+        return RunState(**saved["run"])
+
+    def _write_parts(self, strategy: Strategy, aside: Path) -> None:
+        strategy.save(aside)
+        save_random_state(aside, strategy.ranks.rank)
+
+    def _publish(self, strategy: Strategy, state: RunState, aside: Path, final: Path) -> None:
+        write_json(aside / "state.json", {**_layout(strategy), "run": asdict(state), "versions": _versions()})
+        _seal(aside)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(aside, final)
+        shutil.rmtree(old, ignore_errors=True)
+        write_text(self.folder / "latest", final.name + "\n")
+        best = f"step_{int(state.best['step'])}" if state.best else None
+        if best and (self.folder / best).is_dir():
+            write_text(self.folder / "best", best + "\n")
+        self._prune(best)
+
+    def _prune(self, best: str | None) -> None:
+        for folder in _steps(self.folder)[self.keep :]:
+            if folder.name != best:
+                shutil.rmtree(folder)
+        for leftover in self.folder.glob(".step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _choose(self) -> dict[str, Any]:
+        folders = _steps(self.folder)
+        for folder in folders:
+            damage = damage_of(folder)
+            if damage is None:
+                return {"name": folder.name, "error": None}
+            warnings.warn(f"checkpoint {folder} is damaged ({damage}); trying the one before", stacklevel=2)
+        if folders:
+            problem = f"no checkpoint under {self.folder} is complete (latest: {damage_of(folders[0])})"
+            return {"name": None, "error": (problem, f"remove {self.folder} to start anew, or restore it")}
+        return {"name": None, "error": None}
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """Folder of the run's best complete checkpoint; of the latest, where the run has none evaluated.
+
+    Raises:
+        UserError: the run has no complete checkpoint, or its best one is damaged.
+    """
+    folder = run_dir / "checkpoints"
+    for pointer in ("best", "latest"):
+        if (folder / pointer).is_file():
+            chosen = folder / (folder / pointer).read_text(encoding="utf-8").strip()
+            damage = damage_of(chosen)
+            if damage is not None:
+                raise UserError(f"checkpoint {chosen} is damaged: {damage}", "restore it, or train again")
+            return chosen
+    raise UserError(f"{run_dir} has no checkpoint", "train that stage first")
+
+
+def read_trained_parameters(checkpoint: Path) -> dict[str, Tensor]:
+    """Float32 values of what trained, by the module's parameter names, from a checkpoint of any strategy.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    damage = damage_of(checkpoint)
+    if damage is not None:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {damage}", "restore it, or train again")
+    saved = read_json(checkpoint / "state.json")
+    if saved["strategy"] == "single":
+        from safetensors.torch import load_file
+
+        return load_file(checkpoint / single.WEIGHTS)
+    from tagi_ds.engine.zero import read_parameters
+
+    return {name: value for name, value in read_parameters(checkpoint).items() if name in saved["trainable"]}
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None when they are those of its manifest."""
+    try:
+        listed = read_json(folder / MANIFEST)["files"]
+        for name, facts in listed.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["size"] or sha256_of(file) != facts["sha256"]:
+                return f"{name} is not as it was written"
+    except (UserError, KeyError, TypeError, AttributeError, OSError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _seal(folder: Path) -> None:
+    """Makes the files durable, then writes the manifest that says so."""
+    facts = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        facts[str(file.relative_to(folder))] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    write_json(folder / MANIFEST, {"files": facts})
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The step_N folders, latest first."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _layout(strategy: Strategy) -> dict[str, Any]:
+    return {
+        "strategy": strategy.name,
+        "world_size": strategy.ranks.world_size,
+        "precision": strategy.engine_config.precision,
+        "trainable": strategy.trainable_shapes(),
+    }
+
+
+def _check_layout(folder: Path, saved: dict[str, Any], strategy: Strategy) -> None:
+    for key, now in _layout(strategy).items():
+        before = saved[key]
+        if before == now:
+            continue
+        if key == "trainable":
+            differing = sorted({name for name in {*before, *now} if before.get(name) != now.get(name)})
+            problem = f"{folder} was saved with other trainable parameters: {', '.join(differing[:4])}"
+            raise UserError(problem, "resume with the same model section, or choose another --output_dir")
+        raise UserError(
+            f"{folder} was saved with {key.replace('_', ' ')} {before}, this run has {now}",
+            f"resume with the same layout ({before}), or choose another --output_dir",
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "deepspeed", "transformers", "tagi_ds"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _together(action: Callable[[], None], path: Path) -> None:
+    """Runs `action` on every rank and waits; what fails on one is raised on all, so that none waits in vain."""
+    failure: list[str] | None = None
+    try:
+        action()
+    except UserError as error:
+        failure = [error.problem, error.mend]
+    except OSError as error:
+        failure = [f"cannot write {path}: {error.strerror or error}", "free space there, or mend its permissions"]
+    failures = [entry for entry in gather_objects(failure) if entry]
+    if failures:
+        raise UserError(*failures[0])

@@ -1,0 +1,192 @@
+"""Processes of a run: who they are, and the few collective operations that the engine needs.
+
+Works without DeepSpeed; objects travel as JSON, never pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tagi_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run.
+
+    Attributes:
+        rank: 0 .. world_size - 1 over all machines; local_rank: the same within the machine.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes logs and files."""
+        return self.rank == 0
+
+
+_ranks: Ranks | None = None
+
+
+def start(timeout_s: int) -> Ranks:
+    """Joins the process group that the launcher describes (deepspeed, torchrun, srun), or makes a group of one.
+
+    Called again, it returns the same ranks.
+
+    Args:
+        timeout_s: seconds after which an unanswered collective operation ends the run.
+
+    Raises:
+        UserError: the launcher's variables contradict each other or are incomplete.
+    """
+    global _ranks
+    if _ranks is not None:
+        return _ranks
+    _quieten_libraries()
+    _complete_environment()
+    try:
+        rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError as error:
+        raise UserError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}", "start through a launcher"
+        ) from error
+    device = _device(local_rank)
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    _ranks = Ranks(rank, world_size, local_rank, device)
+    return _ranks
+
+
+def stop() -> None:
+    """Leaves the process group, if this process is in one."""
+    global _ranks
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _ranks = None
+
+
+def current() -> Ranks:
+    """The ranks of this process; before `start`, those of a process on its own."""
+    return _ranks or Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def is_main() -> bool:
+    """True on the one process that writes logs and files."""
+    return current().is_main
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if current().world_size > 1:
+        all_reduce_sums({})
+
+
+def all_reduce_sums(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over all ranks, in one all-reduce of float64.
+
+    Every rank must name the same values.
+
+    Raises:
+        RuntimeError: they named different ones.
+    """
+    ranks = current()
+    if ranks.world_size == 1:
+        return {name: float(value) for name, value in values.items()}
+    names = sorted(values)
+    # A checksum of the names travels along: sums of unlike things would otherwise go unnoticed.
+    mark = float(zlib.crc32("\0".join(names).encode()))
+    sums = torch.tensor([mark, *(float(values[name]) for name in names)], dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(sums)
+    reduced = sums.tolist()
+    if reduced[0] != mark * ranks.world_size:
+        raise RuntimeError(f"rank {ranks.rank} reduces {names}, another rank something else")
+    return {name: reduced[index + 1] for index, name in enumerate(names)}
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's JSON-able value on every rank; what the others pass is ignored."""
+    return value if current().world_size == 1 else gather_objects(value if is_main() else None)[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's JSON-able value, in the order of the ranks, on every rank."""
+    ranks = current()
+    if ranks.world_size == 1:
+        return [value]
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=ranks.device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=ranks.device) for _ in range(ranks.world_size)]
+    dist.all_gather(sizes, torch.tensor([len(text)], dtype=torch.int64, device=ranks.device))
+    widest = max(int(size) for size in sizes)
+    padded = torch.zeros(widest, dtype=torch.uint8, device=ranks.device)
+    padded[: len(text)] = text
+    texts: list[Tensor] = [torch.zeros_like(padded) for _ in range(ranks.world_size)]
+    dist.all_gather(texts, padded)
+    return [
+        json.loads(bytes(part[: int(size)].cpu().tolist()).decode()) for part, size in zip(texts, sizes, strict=True)
+    ]
+
+
+def _complete_environment() -> None:
+    """Fills RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher left them out."""
+    environment = os.environ
+    if "RANK" not in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("RANK", "0")
+    environment.setdefault("WORLD_SIZE", "1")
+    environment.setdefault("LOCAL_RANK", "0")
+    if environment["WORLD_SIZE"] == "1":
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", str(_free_port()))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise UserError(
+            f"{environment['WORLD_SIZE']} processes, but {' and '.join(missing)} not set",
+            "start with `deepspeed` or torchrun, or export them to the first machine's name and a free port",
+        )
+
+
+def _device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return torch.device("cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _quieten_libraries() -> None:
+    """Sets the libraries' own switches, read when they are imported; a user's setting wins."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed calls collectives under names that torch is renaming.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

@@ -1,0 +1,97 @@
+"""What the engine trains on: the objective's terms, the source of batches, and the loss of a global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+MICRO_BATCHES = "micro_batches"
+"""Total by which a term with `per=None` is divided."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss, of one micro-batch.
+
+    Attributes:
+        value: scalar, the *sum* over what `per` counts.
+        per: name of the count that divides it; None for the plain mean over micro-batches.
+        weight: its factor in the loss; at 0 the term is logged only.
+    """
+
+    value: Tensor
+    per: str | None
+    weight: float = 1.0
+
+
+class Movable(Protocol):
+    """A batch: the engine only moves it. `example_ids`, where there is one, is named in errors."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same batch on `device`."""
+
+
+class Objective(Protocol):
+    """What is minimised: sum over terms of weight * value / total[per], totals over the global batch."""
+
+    def counts(self, batch: Any) -> dict[str, float]:
+        """Counts of one micro-batch on the CPU, the same names every time; `tokens` and `examples` give throughput."""
+
+    def __call__(self, model: Callable[..., Any], batch: Any) -> dict[str, Term]:
+        """Terms of one micro-batch on the model's device, the same names every time and on every rank."""
+
+
+class BatchSource(Protocol):
+    """Batches of this rank; its state says where the run as a whole stands and is the same on every rank."""
+
+    def next_step(self) -> list[Any]:
+        """This rank's micro-batches of the next step, `engine.accumulation` many."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able position."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+
+
+class Stateful(Protocol):
+    """Further state of a run that its checkpoints carry."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state, the same on every rank."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a state over."""
+
+
+def add_counts(objective: Objective, batches: Sequence[Any]) -> dict[str, float]:
+    """Counts of this rank's step: the objective's, summed, and the micro-batches'."""
+    sums: dict[str, float] = {MICRO_BATCHES: float(len(batches))}
+    for batch in batches:
+        for name, count in objective.counts(batch).items():
+            sums[name] = sums.get(name, 0.0) + float(count)
+    return sums
+
+
+def divisor(term: Term, totals: Mapping[str, float]) -> float:
+    """What a term's value is divided by; 1 where nothing was counted, since the value is then an empty sum.
+
+    Raises:
+        KeyError: the objective does not count what the term is per.
+    """
+    name = term.per or MICRO_BATCHES
+    if name not in totals:
+        raise KeyError(f"a term is per {name!r}, but the objective counts only {sorted(totals)}")
+    return totals[name] or 1.0
+
+
+def loss_share(terms: Mapping[str, Term], totals: Mapping[str, float]) -> Tensor:
+    """This micro-batch's share of the global loss; the shares of all micro-batches and ranks add up to it."""
+    weighed = [term.value * (term.weight / divisor(term, totals)) for term in terms.values() if term.weight != 0]
+    if not weighed:
+        raise ValueError("every term of the objective has weight 0")
+    return torch.stack(weighed).sum() if len(weighed) > 1 else weighed[0]

@@ -1,0 +1,37 @@
+"""State of the random generators of one process, stored without pickle."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def save_random_state(folder: Path, rank: int) -> None:
+    """Writes the states of torch's (CPU and accelerator), numpy's and Python's generators into `folder`."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, folder / f"rng_{rank}.safetensors")
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = legacy
+    text = json.dumps({"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, gauss]})
+    (folder / f"rng_{rank}.json").write_text(text, encoding="utf-8")
+
+
+def load_random_state(folder: Path, rank: int) -> None:
+    """Takes the states over that `save_random_state` wrote."""
+    tensors = load_file(folder / f"rng_{rank}.safetensors")
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    state = json.loads((folder / f"rng_{rank}.json").read_text(encoding="utf-8"))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

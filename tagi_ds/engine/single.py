@@ -1,0 +1,130 @@
+"""The reference: one process, plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from tagi_ds.config import EngineConfig, OptimizerConfig
+from tagi_ds.engine.distributed import Ranks
+from tagi_ds.engine.schedule import learning_rate
+from tagi_ds.engine.strategy import StepOutcome, Strategy, decay_groups
+from tagi_ds.errors import UserError
+
+WEIGHTS = "weights.safetensors"
+"""Float32 masters of what trains, by name."""
+OPTIMIZER = "optimizer.pt"
+
+
+class SingleStrategy(Strategy):
+    """One process without DeepSpeed; the others must equal it."""
+
+    name = "single"
+
+    def __init__(self, engine: EngineConfig, ranks: Ranks) -> None:
+        super().__init__(engine, ranks)
+        if ranks.world_size > 1:
+            raise UserError(
+                f"engine.strategy single runs in one process, not in {ranks.world_size}",
+                "choose zero2 or zero3, or start one process",
+            )
+        if engine.deepspeed is not None:
+            raise UserError(
+                f"engine.strategy single does not use engine.deepspeed ({engine.deepspeed})",
+                "leave engine.deepspeed out, or choose zero2 or zero3",
+            )
+
+    def prepare(self, model: nn.Module, optimizer: OptimizerConfig, total_steps: int) -> None:
+        """See `Strategy.prepare`."""
+        self._module = model.to(device=self.ranks.device, dtype=self.dtype)
+        self._settings, self._total_steps = optimizer, total_steps
+        self._trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        # In float32 a parameter is its own master.
+        self._masters: dict[str, Tensor] = {
+            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+            for name, parameter in self._trained.items()
+        }
+        pairs: list[tuple[Tensor, Tensor]] = [
+            (parameter, self._masters[name]) for name, parameter in self._trained.items()
+        ]
+        self._optimizer = _make_optimizer(optimizer, decay_groups(pairs, optimizer.weight_decay))
+        self._module.train()
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """See `Strategy.model`."""
+        return self._module
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Strategy.module`."""
+        return self._module
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy.backward`."""
+        loss.backward()
+        for name, parameter in self._trained.items():
+            master = self._masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+
+    def step(self, step: int) -> StepOutcome:
+        """See `Strategy.step`."""
+        rate = learning_rate(self._settings, step, self._total_steps)
+        masters = list(self._masters.values())
+        for master in masters:
+            # ZeRO steps parameters that no micro-batch touched, with a gradient of zero.
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        norm = get_total_norm([master.grad for master in masters if master.grad is not None])
+        grad_norm = float(norm)
+        taken = bool(torch.isfinite(norm))
+        if taken:
+            if self._settings.clip > 0:
+                clip_grads_with_norm_(masters, self._settings.clip, norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+            self._copy_masters()
+        for master in masters:
+            master.grad = None
+        return StepOutcome(rate, grad_norm, taken)
+
+    def save(self, folder: Path) -> None:
+        """See `Strategy.save`."""
+        save_file({name: master.detach().contiguous() for name, master in self._masters.items()}, folder / WEIGHTS)
+        torch.save(self._optimizer.state_dict(), folder / OPTIMIZER)
+
+    def load(self, folder: Path) -> None:
+        """See `Strategy.load`."""
+        saved = load_file(folder / WEIGHTS)
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                master.copy_(saved[name])
+        self._copy_masters()
+        state = torch.load(folder / OPTIMIZER, map_location=self.ranks.device, weights_only=True)
+        self._optimizer.load_state_dict(state)
+
+    def _copy_masters(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+
+
+def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # The schedule is ours; Adafactor's own relative steps would multiply it.
+        return Adafactor(groups, lr=config.learning_rate, scale_parameter=False, relative_step=False)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)

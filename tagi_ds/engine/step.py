@@ -1,0 +1,84 @@
+"""One optimizer step over the global batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tagi_ds.engine.distributed import all_reduce_sums, gather_objects
+from tagi_ds.engine.objective import Objective, add_counts, divisor, loss_share
+from tagi_ds.engine.strategy import Strategy
+from tagi_ds.errors import UserError
+
+_NAMED_IDS = 8
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient norm that is not finite; the optimizer was not stepped."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did, over all ranks.
+
+    Attributes:
+        metrics: loss/total, loss/<term>, lr, grad_norm.
+        counts: the objective's counts, summed.
+        stop: some rank asks to stop.
+    """
+
+    metrics: dict[str, float]
+    counts: dict[str, float]
+    stop: bool
+
+
+def train_step(strategy: Strategy, objective: Objective, batches: Sequence[Any], step: int, stop: bool) -> StepReport:
+    """Accumulates this rank's micro-batches and steps the optimizer; called on all ranks together.
+
+    Args:
+        step: steps taken before this one.
+        stop: this rank was asked to stop; all ranks learn of it here.
+
+    Raises:
+        NonFiniteError: on every rank, before the optimizer is stepped.
+    """
+    totals = all_reduce_sums(add_counts(objective, batches))
+    shares: list[Tensor] = []
+    values: dict[str, list[Tensor]] = {}
+    divisors: dict[str, float] = {}
+    for batch in batches:
+        terms = objective(strategy.model, batch.to(strategy.ranks.device))
+        share = loss_share(terms, totals)
+        strategy.backward(share)
+        shares.append(share.detach())
+        for name, term in terms.items():
+            values.setdefault(name, []).append(term.value.detach())
+            divisors[name] = divisor(term, totals)
+    # Read only now: a read waits for the device.
+    losses = [float(share) for share in shares]
+    local = {f"loss/{name}": math.fsum(float(value) for value in parts) for name, parts in values.items()}
+    sums = all_reduce_sums({**local, "loss/total": math.fsum(losses), "stop": float(stop)})
+    if not math.isfinite(sums["loss/total"]):
+        culprits = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+        raise _non_finite(f"the loss is {sums['loss/total']}", step, culprits)
+    outcome = strategy.step(step)
+    if not outcome.taken:
+        raise _non_finite("the gradient's norm is not finite", step, batches)
+    metrics = {"loss/total": sums["loss/total"]}
+    metrics |= {f"loss/{name}": sums[f"loss/{name}"] / divisors[name] for name in values}
+    metrics |= {"lr": outcome.learning_rate, "grad_norm": outcome.grad_norm}
+    return StepReport(metrics, totals, stop=sums["stop"] > 0)
+
+
+def _non_finite(what: str, step: int, culprits: Sequence[Any]) -> NonFiniteError:
+    mine = [str(name) for batch in culprits for name in getattr(batch, "example_ids", [])]
+    ids = [name for names in gather_objects(mine) for name in names]
+    named = ", ".join(ids[:_NAMED_IDS]) + (f" and {len(ids) - _NAMED_IDS} more" if len(ids) > _NAMED_IDS else "")
+    return NonFiniteError(
+        f"step {step + 1}: {what} (examples {named or 'unknown'}); the step was not taken",
+        "look at these examples, or lower optimizer.learning_rate; the same command goes on from the last checkpoint",
+    )

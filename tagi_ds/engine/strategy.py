@@ -1,0 +1,144 @@
+"""What every way of running the steps offers: one process, ZeRO-2 or ZeRO-3."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tagi_ds.config import EngineConfig, OptimizerConfig
+from tagi_ds.engine.distributed import Ranks
+from tagi_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did.
+
+    Attributes:
+        learning_rate: of this step.
+        grad_norm: global L2 norm before clipping; nan or inf where it is not finite.
+        taken: False where the norm is not finite; parameters and optimizer are then as before.
+    """
+
+    learning_rate: float
+    grad_norm: float
+    taken: bool
+
+
+class Strategy(ABC):
+    """One way of running the steps.
+
+    Order of use: build the model within `model_context`, set `requires_grad`, `prepare`; then, a step,
+    `backward` for each micro-batch and `step` once. Parameters without `requires_grad` get neither gradient
+    nor optimizer state.
+    """
+
+    name: str
+
+    def __init__(self, engine: EngineConfig, ranks: Ranks) -> None:
+        self.engine_config = engine
+        self.ranks = ranks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters that compute; masters of what trains are float32 in either case."""
+        return torch.bfloat16 if self.engine_config.precision == "bf16" else torch.float32
+
+    def model_context(self) -> AbstractContextManager[None]:
+        """Within it the model is built or loaded; ZeRO-3 then holds it in shards from the start."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, optimizer: OptimizerConfig, total_steps: int) -> None:
+        """Takes the model over: device, precision, optimizer.
+
+        Args:
+            model: its parameters' `requires_grad` says what trains.
+            total_steps: optimizer steps of the whole run, for the schedule.
+
+        Raises:
+            UserError: nothing trains, or the settings do not go together.
+        """
+
+    @property
+    @abstractmethod
+    def model(self) -> Callable[..., Any]:
+        """What the objective calls."""
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The model itself; under ZeRO-3 its parameters are shards outside of a forward."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch's share of the loss; over micro-batches and ranks shares are summed."""
+
+    @abstractmethod
+    def step(self, step: int) -> StepOutcome:
+        """Clips, steps the optimizer at the schedule's rate and clears the gradients.
+
+        Args:
+            step: optimizer steps taken before this one.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes what trains and the optimizer's state into an existing folder; called on every rank."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote; the folder's manifest has been verified before."""
+
+    def trainable_shapes(self) -> dict[str, list[int]]:
+        """Shape of every parameter that trains, by its name; the checkpoint's fingerprint."""
+        return {
+            name: list(full_shape(parameter))
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def make_strategy(engine: EngineConfig, ranks: Ranks) -> Strategy:
+    """The strategy that `engine.strategy` names.
+
+    Raises:
+        UserError: `single` with several processes, or a DeepSpeed JSON that contradicts the run.
+    """
+    if engine.strategy == "single":
+        from tagi_ds.engine.single import SingleStrategy
+
+        return SingleStrategy(engine, ranks)
+    from tagi_ds.engine.zero import ZeroStrategy
+
+    return ZeroStrategy(engine, ranks)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter, also where ZeRO-3 has left an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def decay_groups(parameters: list[tuple[Tensor, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices decay, 1-D parameters (norms, biases) do not.
+
+    Args:
+        parameters: (model's parameter, the tensor that the optimizer steps) of what trains.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not parameters:
+        raise UserError("no parameter trains", "set model.also_train, or a method with a hypernetwork")
+    decayed = [stepped for own, stepped in parameters if len(full_shape(own)) > 1]
+    kept = [stepped for own, stepped in parameters if len(full_shape(own)) <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,180 @@
+"""The training loop: resume, step, log, evaluate, checkpoint, stop cleanly."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from tagi_ds.config import EngineConfig
+from tagi_ds.engine.checkpoint import CheckpointStore, RunState
+from tagi_ds.engine.distributed import broadcast_object
+from tagi_ds.engine.monitor import Monitor
+from tagi_ds.engine.objective import BatchSource, Objective, Stateful, Term
+from tagi_ds.engine.step import NonFiniteError, StepReport, train_step
+from tagi_ds.engine.strategy import Strategy
+
+__all__ = ["BatchSource", "Interrupted", "NonFiniteError", "Objective", "Stateful", "Term", "Trainer"]
+
+INTERRUPTED_STATUS = 130
+"""Exit status of a run that a signal stopped after a checkpoint."""
+
+
+class Interrupted(SystemExit):
+    """A signal stopped the run after a checkpoint; uncaught, the process ends with status 130."""
+
+    def __init__(self) -> None:
+        super().__init__(INTERRUPTED_STATUS)
+
+
+class Trainer:
+    """Trains a prepared model for `config.steps` optimizer steps.
+
+    Args:
+        strategy: with the model prepared.
+        objective: what is minimised.
+        source: this rank's batches.
+        config: steps, accumulation, and when to log, evaluate and checkpoint.
+        run_dir: the run's folder; checkpoints in it are resumed from.
+        monitor: where reports go.
+        evaluate: figures at a step, called on all ranks together; rank 0's count. None: no evaluation.
+        best_metric: figure that chooses the best checkpoint; best_is: whether low or high is good.
+        extra_state: further state that checkpoints carry.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        objective: Objective,
+        source: BatchSource,
+        config: EngineConfig,
+        run_dir: Path,
+        monitor: Monitor,
+        evaluate: Callable[[int], dict[str, float]] | None = None,
+        best_metric: str = "validation/loss",
+        best_is: Literal["min", "max"] = "min",
+        extra_state: Stateful | None = None,
+    ) -> None:
+        self.strategy, self.objective, self.source, self.config = strategy, objective, source, config
+        self.monitor, self.evaluate, self.extra_state = monitor, evaluate, extra_state
+        self.best_metric, self.best_is = best_metric, best_is
+        self.checkpoints = CheckpointStore(run_dir, config.keep_checkpoints)
+        self.state = RunState(total_steps=config.steps)
+        self._stop_asked = False
+
+    def fit(self) -> dict[str, Any]:
+        """Trains from the last complete checkpoint, or from the start, to the end.
+
+        Returns:
+            step, seconds of training over all starts, best ({"value", "step"} or None) and resumed_from (a step).
+
+        Raises:
+            NonFiniteError: a loss or gradient norm is not finite.
+            Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
+            UserError: the run's folder cannot be read, written or resumed from.
+        """
+        resumed_from = self._resume()
+        if self.state.step >= self.config.steps:
+            self.monitor.say(f"{self.monitor.title}: finished before, at step {self.state.step}; nothing to do")
+            return self._summary(resumed_from)
+        self.monitor.open(self.state.step)
+        if resumed_from:
+            self.monitor.say(f"{self.monitor.title}: goes on from step {resumed_from}")
+        try:
+            with self._signals_noted():
+                self._train()
+        finally:
+            self.monitor.close()
+        return self._summary(resumed_from)
+
+    def _train(self) -> None:
+        began = time.monotonic() - self.state.seconds
+        while self.state.step < self.config.steps:
+            report = self._take_step()
+            self.state.seconds = time.monotonic() - began
+            last = self.state.step == self.config.steps
+            evaluated = self._evaluate_if(last or self._is_due(self.config.evaluate_every))
+            if evaluated or last or self._is_due(self.config.log_every):
+                self.monitor.log(self.state.step, {**report.metrics, **evaluated}, self.state.seconds)
+            improved = bool(evaluated) and self._note_best(evaluated)
+            stop = report.stop and not last
+            if improved or last or stop or self._is_due(self.config.checkpoint_every):
+                self._checkpoint()
+            if stop:
+                self.monitor.say(f"stopped at step {self.state.step}; the same command goes on from there")
+                raise Interrupted
+
+    def _take_step(self) -> StepReport:
+        batches = self.source.next_step()
+        if len(batches) != self.config.accumulation:
+            raise ValueError(f"the source gave {len(batches)} micro-batches, not {self.config.accumulation}")
+        report = train_step(self.strategy, self.objective, batches, self.state.step, self._stop_asked)
+        self.state.step += 1
+        self.monitor.count(self.state.step, report.counts, report.metrics["loss/total"])
+        return report
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    def _evaluate_if(self, due: bool) -> dict[str, float]:
+        if not due or self.evaluate is None:
+            return {}
+        self.strategy.module.eval()
+        figures: dict[str, float] = broadcast_object(self.evaluate(self.state.step))
+        self.strategy.module.train()
+        return figures
+
+    def _note_best(self, figures: dict[str, float]) -> bool:
+        value, best = figures[self.best_metric], self.state.best
+        if best is not None:
+            better = value < best["value"] if self.best_is == "min" else value > best["value"]
+            if not better:
+                return False
+        self.state.best = {"value": value, "step": self.state.step}
+        return True
+
+    def _checkpoint(self) -> None:
+        self.state.data = self.source.state_dict()
+        self.state.extra = self.extra_state.state_dict() if self.extra_state else {}
+        self.checkpoints.save(self.strategy, self.state)
+
+    def _resume(self) -> int | None:
+        saved = self.checkpoints.resume(self.strategy)
+        if saved is None:
+            return None
+        if saved.total_steps != self.config.steps and saved.step < self.config.steps:
+            self.monitor.say(
+                f"note: this run was planned for {saved.total_steps} steps and now has {self.config.steps}; "
+                "the learning rate follows the new number"
+            )
+        saved.total_steps = self.config.steps
+        self.state = saved
+        self.source.load_state_dict(saved.data)
+        if self.extra_state:
+            self.extra_state.load_state_dict(saved.extra)
+        return saved.step
+
+    def _summary(self, resumed_from: int | None) -> dict[str, Any]:
+        state = self.state
+        return {"step": state.step, "seconds": state.seconds, "best": state.best, "resumed_from": resumed_from}
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """SIGINT and SIGTERM only leave a note, which all ranks read together at the next step's boundary."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self._stop_asked = True
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,137 @@
+"""ZeRO-2 and ZeRO-3 through DeepSpeed, which is imported only here and only when needed: it takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tagi_ds.config import EngineConfig, OptimizerConfig
+from tagi_ds.engine import deepspeed_config
+from tagi_ds.engine.distributed import Ranks
+from tagi_ds.engine.schedule import learning_rate
+from tagi_ds.engine.strategy import StepOutcome, Strategy, decay_groups
+from tagi_ds.errors import UserError
+
+TAG = "deepspeed"
+"""Folder of DeepSpeed's own files within a checkpoint."""
+
+
+class ZeroStrategy(Strategy):
+    """DeepSpeed with ZeRO stage 2 or 3, any number of processes."""
+
+    def __init__(self, engine: EngineConfig, ranks: Ranks) -> None:
+        super().__init__(engine, ranks)
+        self.name = engine.strategy
+        # Checked before anything is loaded; `prepare` builds it again with the clipping.
+        self._config = deepspeed_config.build(engine, ranks.world_size, clip=0.0)
+        self._deepspeed = _import_deepspeed(ranks)
+        self._hugging_face_config: Any = None
+
+    @contextlib.contextmanager
+    def model_context(self) -> Iterator[None]:
+        """See `Strategy.model_context`."""
+        if self.name == "zero3":
+            from transformers.integrations import HfDeepSpeedConfig
+
+            # Held weakly by transformers, which asks for it again in `generate`: it lives as long as the strategy.
+            self._hugging_face_config = HfDeepSpeedConfig(self._config)
+        yield
+
+    def prepare(self, model: nn.Module, optimizer: OptimizerConfig, total_steps: int) -> None:
+        """See `Strategy.prepare`."""
+        if optimizer.name != "adamw":
+            raise UserError(
+                f"optimizer.name {optimizer.name} under engine.strategy {self.name}: ZeRO flattens what it factors",
+                "choose adamw, or engine.strategy single",
+            )
+        self._settings, self._total_steps = optimizer, total_steps
+        config = deepspeed_config.build(self.engine_config, self.ranks.world_size, optimizer.clip)
+        trained: list[tuple[Tensor, Tensor]] = [(p, p) for p in model.parameters() if p.requires_grad]
+        groups = decay_groups(trained, optimizer.weight_decay)
+        # torch's own AdamW: DeepSpeed's fused ones are compiled on first use and round differently.
+        stepper = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
+        if self.dtype == torch.float32:
+            model.float()
+        leaves = getattr(model, "z3_leaf_classes", None)
+        if self.name == "zero3" and leaves:
+            self._deepspeed.utils.set_z3_leaf_modules(model, list(leaves))
+        self._engine = self._initialize(model, stepper, config)
+        self._engine.train()
+
+    def _initialize(self, model: nn.Module, stepper: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+        from deepspeed.runtime.config import DeepSpeedConfigError
+        from pydantic import ValidationError
+
+        try:
+            engine, *_ = self._deepspeed.initialize(
+                model=model, optimizer=stepper, config=config, dist_init_required=False
+            )
+        except (DeepSpeedConfigError, ValidationError) as error:
+            path = self.engine_config.deepspeed or f"ds_configs/{self.name}.json"
+            raise UserError(f"DeepSpeed refuses {path}: {error}", "mend the named setting in that file") from error
+        return engine
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """See `Strategy.model`."""
+        return self._engine
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Strategy.module`."""
+        return self._engine.module
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy.backward`."""
+        # DeepSpeed averages over ranks, and over micro-batches unless told not to.
+        self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, step: int) -> StepOutcome:
+        """See `Strategy.step`."""
+        rate = learning_rate(self._settings, step, self._total_steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        # DeepSpeed checks the norm first and leaves the step out where it is not finite.
+        taken = not self._engine.optimizer.overflow
+        return StepOutcome(rate, float(self._engine.get_global_grad_norm()) if taken else float("nan"), taken)
+
+    def save(self, folder: Path) -> None:
+        """See `Strategy.save`."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """See `Strategy.load`."""
+        # The frozen parameters are not in the file, hence not strict.
+        loaded, _ = self._engine.load_checkpoint(
+            str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if loaded is None:
+            raise UserError(f"DeepSpeed cannot read {folder}", "remove that folder; the run then goes on from another")
+
+
+def _import_deepspeed(ranks: Ranks) -> Any:
+    import deepspeed
+
+    if ranks.device.type == "cpu":
+        # Optional, and compiled for more than a minute on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+def read_parameters(checkpoint: Path) -> dict[str, Tensor]:
+    """Float32 masters in a checkpoint that `ZeroStrategy.save` wrote, put together from every rank's part."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    # DeepSpeed reports its progress on the standard output.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG, exclude_frozen_parameters=True))
