@@ -134,7 +134,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pooling=config.pooling,
             shared_a=config.a == "shared",
         )
-        layers = dict(zip(fusion.blocks, fusion.layers, strict=True)) if fusion is not None else {}
+        layers: dict[str, nn.Module] = dict(zip(fusion.blocks, fusion.layers, strict=True)) if fusion else {}
         install(backbone, sites, config.scaling, layers)
         self.site_table = sites
         self.generation_config = backbone.generation_config
@@ -162,13 +162,25 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config.__post_init__()
         model = cls(config, backbone)
         model.hypernetwork.reset_parameters()
-        fusion = model.hypernetwork.fusion
+        fusion, encoder = model.hypernetwork.fusion, model.backbone.encoder
         if fusion is not None and fusion_start == "backbone":
-            layers = [block.layer[0] for block in backbone.encoder.block]
+            layers = [block.layer[0] for block in encoder.block]
             attentions, norms = [layer.SelfAttention for layer in layers], [layer.layer_norm for layer in layers]
             with gather([p for module in (*attentions, *norms) for p in module.parameters()]):
                 fusion.start_from(attentions, norms)
         return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what the configuration calls frozen is frozen."""
+        result = super().from_pretrained(*args, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).freeze()
+        return result
+
+    @property
+    def pad_token_id(self) -> int:
+        """T5's padding id, 0 unless the backbone says otherwise."""
+        return self.config.pad_token_id or 0
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, SiteGroup | Fusion):
@@ -312,11 +324,11 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             settings: of ``GenerationMixin.generate`` (``num_beams``, ``do_sample``, ``max_new_tokens``, ...).
         """
         if attention_mask is None:
-            attention_mask = input_ids.ne(self.config.pad_token_id).long()
+            attention_mask = input_ids.ne(self.pad_token_id).long()
         if task is None:
             assert instruction_ids is not None
             if instruction_attention_mask is None:
-                instruction_attention_mask = instruction_ids.ne(self.config.pad_token_id).long()
+                instruction_attention_mask = instruction_ids.ne(self.pad_token_id).long()
             state = self.compile_instructions(instruction_ids, instruction_attention_mask)
         else:
             state = task if isinstance(task, TaskState) else task.state
