@@ -1,0 +1,1 @@
+"""Evaluation by generation: predictions, scores and the report of a study."""
