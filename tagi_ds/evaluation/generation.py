@@ -13,6 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from tagi_ds.data.collate import Collator, TaskChunk
 from tagi_ds.data.examples import Batch, Example, Task
 from tagi_ds.engine import distributed
 from tagi_ds.evaluation.predictions import Prediction, PredictionStore, append, key_of
@@ -57,7 +58,7 @@ def predict(
         model: has ``generate``; a TAGI model where the batches carry instructions, else any seq2seq model.
         tokenizer: decodes the answers.
         tasks: the group's tasks; their examples' ids are unique over the group.
-        collate: makes batches.
+        collate: makes batches; :func:`collate_pairs` of a collator.
         settings: how to generate.
         folder: where the predictions are kept.
         group: the group's name.
@@ -108,6 +109,11 @@ def predict(
     distributed.barrier()
     found = store.usable(keys)
     return [found[example.id] for _, example in pairs]
+
+
+def collate_pairs(collator: Collator) -> Collate:
+    """`collator` on single examples, each under its task's definition."""
+    return lambda pairs: collator([TaskChunk(task, 0, (example,), (0,)) for task, example in pairs])
 
 
 def plan_batches(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:

@@ -6,21 +6,24 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tagi_ds.config import EvaluationConfig
+from tagi_ds.config import DataConfig, EvaluationConfig
+from tagi_ds.data.collate import Collator
 from tagi_ds.data.examples import Batch, Example, Task
+from tagi_ds.data.tokenizer import train_tokenizer
 from tagi_ds.engine import distributed
 from tagi_ds.errors import UserError
-from tagi_ds.evaluation.generation import GenerationSettings, Pair, plan_batches, predict
+from tagi_ds.evaluation.generation import GenerationSettings, Pair, collate_pairs, plan_batches, predict
 from tagi_ds.evaluation.predictions import PredictionStore
 from tagi_ds.evaluation.results import evaluate, gather_results, read_methods
 from tagi_ds.files import read_json
+from tagi_ds.model.tagi import TagiConfig, TagiForConditionalGeneration
 from tagi_ds.run_folder import mark_done
 
 SETTINGS = GenerationSettings(batch_examples=4, max_new_tokens=16)
@@ -49,7 +52,9 @@ class Letters:
 
     def batch_decode(self, tokens: Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
-        return [bytes(token - 3 for token in row if token >= 3).decode(errors="replace") for row in tokens.tolist()]
+        return [
+            bytes(token - 3 for token in row if 3 <= token < 259).decode(errors="replace") for row in tokens.tolist()
+        ]
 
 
 def collate_with_instructions(pairs: Sequence[Pair]) -> Batch:
@@ -87,6 +92,17 @@ class Echo(nn.Module):
         return Letters().encode(answers)[0]
 
 
+def tiny_t5() -> T5ForConditionalGeneration:
+    """Random weights far from their neutral start, so that different inputs get different answers."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
 def _predict(model: nn.Module, folder: Path, tasks: list[Task] | None = None, **changed: Any) -> list[Any]:
     arguments: dict[str, Any] = {"settings": SETTINGS, "fingerprint": {"model": "a"}, **changed}
     tasks = make_tasks() if tasks is None else tasks
@@ -122,10 +138,7 @@ def test_batches_hold_every_example_once_with_tasks_together() -> None:
 
 
 def test_a_concatenating_model_gets_no_instruction(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    )
+    model = tiny_t5()
     tasks = make_tasks(2, 3)
     found = predict(
         model, Letters(), tasks, collate_concatenated, SETTINGS, tmp_path, "g", {"model": "t5"}, progress=False
@@ -135,6 +148,37 @@ def test_a_concatenating_model_gets_no_instruction(tmp_path: Path) -> None:
         ids, _ = Letters().encode([text])
         alone = model.eval().generate(input_ids=ids, max_new_tokens=16, do_sample=False)
         assert answer.prediction == Letters().batch_decode(alone, True)[0].strip()
+    assert len({answer.prediction for answer in found}) > 1
+
+
+@pytest.mark.parametrize("form", ["hypernetwork", "concatenated"])
+def test_real_models_through_the_collator_answer_as_alone(
+    tmp_path: Path, form: Literal["hypernetwork", "concatenated"]
+) -> None:
+    tasks = make_tasks(2, 3)
+    texts = [text for task in tasks for text in (task.definition, *(one.input for one in task.examples))] * 20
+    tokenizer = train_tokenizer(texts, tmp_path / "tokenizer", 300)
+    config = DataConfig(prompt="plain")
+    backbone = tiny_t5()
+    model: Any = backbone
+    if form == "hypernetwork":
+        model = TagiForConditionalGeneration.from_backbone(backbone, TagiConfig(rank=2, alpha=2.0, bottleneck=8))
+        with torch.no_grad():
+            for parameter in model.hypernetwork.parameters():  # off its neutral start, so that instructions matter
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    collate = collate_pairs(Collator(tokenizer, config, form))
+    found = predict(model, tokenizer, tasks, collate, SETTINGS, tmp_path / "out", "g", {}, progress=False)
+    model.eval()
+    alone = []
+    for pair in [(task, one) for task in tasks for one in task.examples]:
+        batch = collate([pair])
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if form == "hypernetwork":
+            given |= {"instruction_ids": batch.instruction_ids, "task_index": batch.task_index}
+        tokens = model.generate(**given, max_new_tokens=16, do_sample=False)
+        alone.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+    assert [one.prediction for one in found] == alone
+    assert len(set(alone)) > 1
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 3])
