@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -36,7 +35,6 @@ def run_ranks(
     timeout: float = 120,
     check: bool = True,
     env: dict[str, str] | None = None,
-    signal_after: tuple[str, int] | None = None,
 ) -> RankResults:
     """Starts `n` processes with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set and waits for them.
 
@@ -45,7 +43,6 @@ def run_ranks(
     Args:
         script_or_module: path of a script, or a module's dotted name.
         check: raise AssertionError with every rank's output where a status is not 0.
-        signal_after: (text, signal number): once rank 0 has printed the text, every rank gets the signal.
 
     Raises:
         AssertionError: a rank failed, or the timeout passed; the processes are then gone.
@@ -56,7 +53,7 @@ def run_ranks(
         logs = [(Path(folder) / f"{rank}.log").open("w+", encoding="utf-8", errors="replace") for rank in range(n)]
         processes = _spawn([*command, *args], logs, env or {})
         try:
-            expired = _wait(processes, time.monotonic() + timeout, logs[0], signal_after)
+            expired = _wait(processes, time.monotonic() + timeout)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -98,9 +95,7 @@ def _spawn(command: list[str], logs: list[IO[str]], extra: dict[str, str]) -> li
     ]
 
 
-def _wait(
-    processes: list[subprocess.Popen[bytes]], deadline: float, log: IO[str], signal_after: tuple[str, int] | None
-) -> bool:
+def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> bool:
     """True when the deadline passed before the ranks ended."""
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline:
@@ -110,9 +105,5 @@ def _wait(
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
             return False
-        if signal_after and signal_after[0] in Path(log.name).read_text(encoding="utf-8", errors="replace"):
-            for process in processes:
-                process.send_signal(signal.Signals(signal_after[1]))
-            signal_after = None
         time.sleep(0.05)
     return False

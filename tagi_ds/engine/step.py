@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,14 @@ class StepReport:
     stop: bool
 
 
-def train_step(strategy: Strategy, objective: Objective, batches: Sequence[Any], step: int, stop: bool) -> StepReport:
+def train_step(
+    strategy: Strategy, objective: Objective, batches: Sequence[Any], step: int, stop_asked: Callable[[], bool]
+) -> StepReport:
     """Accumulates this rank's micro-batches and steps the optimizer; called on all ranks together.
 
     Args:
         step: steps taken before this one.
-        stop: this rank was asked to stop; all ranks learn of it here.
+        stop_asked: whether this rank was asked to stop; asked after the backward passes, and all ranks learn of it.
 
     Raises:
         NonFiniteError: on every rank, before the optimizer is stepped.
@@ -61,7 +63,7 @@ def train_step(strategy: Strategy, objective: Objective, batches: Sequence[Any],
     # Read only now: a read waits for the device.
     losses = [float(share) for share in shares]
     local = {f"loss/{name}": math.fsum(float(value) for value in parts) for name, parts in values.items()}
-    sums = all_reduce_sums({**local, "loss/total": math.fsum(losses), "stop": float(stop)})
+    sums = all_reduce_sums({**local, "loss/total": math.fsum(losses), "stop": float(stop_asked())})
     if not math.isfinite(sums["loss/total"]):
         culprits = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
         raise _non_finite(f"the loss is {sums['loss/total']}", step, culprits)

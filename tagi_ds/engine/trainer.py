@@ -112,7 +112,7 @@ class Trainer:
         batches = self.source.next_step()
         if len(batches) != self.config.accumulation:
             raise ValueError(f"the source gave {len(batches)} micro-batches, not {self.config.accumulation}")
-        report = train_step(self.strategy, self.objective, batches, self.state.step, self._stop_asked)
+        report = train_step(self.strategy, self.objective, batches, self.state.step, lambda: self._stop_asked)
         self.state.step += 1
         self.monitor.count(self.state.step, report.counts, report.metrics["loss/total"])
         return report

@@ -22,7 +22,7 @@ from tagi_ds.engine.checkpoint import CheckpointStore
 from tagi_ds.engine.monitor import Monitor
 from tagi_ds.engine.objective import Term
 from tagi_ds.engine.strategy import Strategy, make_strategy
-from tagi_ds.engine.trainer import Trainer
+from tagi_ds.engine.trainer import Interrupted, Trainer
 from tagi_ds.errors import UserError
 
 VOCABULARY, WIDTH, EXAMPLES, LENGTH = 23, 16, 8, 7
@@ -139,16 +139,16 @@ def losses_of(run_dir: Path) -> dict[int, tuple[float, ...]]:
     return {line["step"]: tuple(line[name] for name in names) for line in lines}
 
 
-class Killing(ToyObjective):
-    """Kills its process in the forward of a given call."""
+class Struck(ToyObjective):
+    """Sends its process a signal in the forward of a given call."""
 
-    def __init__(self, at_call: int) -> None:
+    def __init__(self, at_call: int, number: int) -> None:
         super().__init__()
-        self.at_call = at_call
+        self.at_call, self.number = at_call, number
 
     def __call__(self, model: Any, batch: ToyBatch) -> dict[str, Term]:
         if self.calls == self.at_call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
         return super().__call__(model, batch)
 
 
@@ -179,7 +179,7 @@ def kill_while_publishing(step: int) -> None:
 
 
 def main() -> None:
-    """Argument: a JSON list of runs {dir, engine, optimizer, dropout, kill_call, kill_save, poison}."""
+    """Argument: a JSON list of runs {dir, engine, optimizer, dropout, kill_call, term_call, kill_save, poison}."""
     runs = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     ranks = distributed.start(60)
@@ -187,7 +187,9 @@ def main() -> None:
         rank_is_struck = ranks.rank == ranks.world_size - 1
         objective = ToyObjective()
         if "kill_call" in run and rank_is_struck:
-            objective = Killing(run["kill_call"])
+            objective = Struck(run["kill_call"], signal.SIGKILL)
+        if "term_call" in run and rank_is_struck:
+            objective = Struck(run["term_call"], signal.SIGTERM)
         if "poison" in run and rank_is_struck:
             objective = Poisoned(run["poison"])
         if "kill_save" in run:
@@ -200,6 +202,8 @@ def main() -> None:
             print(f"SUMMARY {json.dumps(summary)}", flush=True)
         except UserError as error:
             print(f"USER ERROR {error}", flush=True)
+        except Interrupted as error:
+            print(f"INTERRUPTED {error.code}", flush=True)
     distributed.stop()
 
 
