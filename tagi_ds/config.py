@@ -55,6 +55,20 @@ class ModelConfig:
 
 
 @dataclass
+class ScratchConfig:
+    """Shape of the small T5 that the `backbone` stage trains where no published backbone can be had."""
+
+    d_model: int = 64
+    """Width."""
+    d_ff: int = 192
+    """Width of the gated feed-forward."""
+    layers: int = 2
+    """Layers of the encoder and of the decoder."""
+    heads: int = 4
+    """Attention heads."""
+
+
+@dataclass
 class DataConfig:
     """What is read and how it is cut into batches."""
 
@@ -207,6 +221,29 @@ class EvaluationConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """Conversion of a checkpoint or a model."""
+
+    to: Literal["model", "peft", "compiled"] = "model"
+    """`model`: checkpoint -> model folder; `peft`: model + instruction -> PEFT adapter folder; `compiled`: model +
+    instruction -> compiled task."""
+    run: str | None = None
+    """`to: model`: run folder of a training stage. Default: the study's `finetune`."""
+    checkpoint: str | None = None
+    """`to: model`: a checkpoint folder of that run. Default: its best."""
+    model: str | None = None
+    """`to: peft` and `compiled`: a converted model. Default: the study's `convert/model`."""
+    instruction: str | None = None
+    """The instruction's text."""
+    task_file: str | None = None
+    """A task in SNI's format whose definition is the instruction."""
+    split_file: str | None = None
+    """A split (without .txt) of data.sni_dir: one adapter for each of its tasks."""
+    output: str | None = None
+    """Folder (or file, for a compiled task) to write. Default: inside the run folder."""
+
+
+@dataclass
 class RunConfig:
     """One run of one stage."""
 
@@ -219,9 +256,11 @@ class RunConfig:
     scale: float = 1.0
     """Multiplies every number of steps; 0.02 makes a smoke run of a recipe."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     teachers: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)

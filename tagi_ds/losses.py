@@ -25,12 +25,14 @@ class StoredDistributions(NamedTuple):
 
     Attributes:
         ids: (N, T, k) int64; entries beyond the stored k have id -1.
-        log_probs: (N, T, k) float32, at the store's temperature; their exponentials sum to at most 1.
+        log_probs: (N, T, k) float32, at the store's temperature.
+        tail: (N, T) float32, the mass of all other tokens.
         present: (N,) bool, which examples the store has.
     """
 
     ids: Tensor
     log_probs: Tensor
+    tail: Tensor
     present: Tensor
 
 
@@ -78,13 +80,13 @@ def kl_stored(student: Tensor, teacher: StoredDistributions, labels: Tensor, tem
     log_p = teacher.log_probs.float().masked_fill(~known, -torch.inf)
     p = log_p.exp()
     divergence = torch.where(known, p * (log_p - log_q), 0.0).sum(-1)
-    p_rest = (1.0 - p.sum(-1)).clamp(min=0.0)
     # The student's tail is summed over the tokens themselves: 1 - Σq would cancel where the tail is small.
     listed = torch.zeros_like(log_q_all, dtype=torch.bool).scatter(-1, teacher.ids.clamp(min=0), known)
     log_q_rest = log_q_all.masked_fill(listed, -torch.inf).logsumexp(-1)
-    tail = p_rest > 1e-7  # what is left of rounding is no tail
-    safe_rest = torch.where(tail, log_q_rest, 0.0)
-    divergence = divergence + torch.where(tail, p_rest * (p_rest.clamp(min=1e-30).log() - safe_rest), 0.0)
+    tail = teacher.tail > 0
+    log_q_rest = torch.where(tail, log_q_rest, 0.0)
+    log_p_rest = torch.where(tail, teacher.tail, 1.0).log()
+    divergence = divergence + teacher.tail * (log_p_rest - log_q_rest)
     counted = (labels != IGNORE) & teacher.present[:, None]
     return temperature**2 * divergence.masked_fill(~counted, 0.0).sum()
 

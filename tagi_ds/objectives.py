@@ -1,0 +1,126 @@
+"""What each stage minimises: the bridge between the losses (sums) and the engine (global counts)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tagi_ds.config import LossConfig
+from tagi_ds.data.examples import Batch
+from tagi_ds.engine.objective import Term
+from tagi_ds.losses import ALIGNMENTS, IGNORE, alignment_weight, kl_stored, label_loss
+from tagi_ds.model.adapter import LowRank
+
+
+class SequenceObjective:
+    """Cross-entropy of an ordinary seq2seq model: the backbone's training and meta-training."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Target tokens and examples of a micro-batch."""
+        return {"tokens": float(batch.target_tokens), "examples": float(len(batch.labels))}
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
+        """L_pred and the share of target tokens predicted right."""
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            decoder_input_ids=shift_right(batch),
+            use_cache=False,
+        )
+        return label_terms(output.logits, batch, 1.0)
+
+
+class TagiObjective:
+    """L = label·L_pred + λ1·KL + λ2·alignment (paper, section 3.4), each term also logged by itself.
+
+    Args:
+        config: weights and forms.
+        scaling: the generated adapters' alpha / r.
+        temperature: of the logit store.
+        teacher_scaling: the parameter store's alpha / r.
+        mean_square: the parameter store's mean ‖ΔW‖² a site.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        scaling: float,
+        temperature: float = 1.0,
+        teacher_scaling: float = 1.0,
+        mean_square: Mapping[str, float] | None = None,
+    ) -> None:
+        self.config, self.scaling, self.temperature = config, scaling, temperature
+        self.teacher_scaling, self.mean_square = teacher_scaling, mean_square
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Target tokens and examples of a micro-batch, and those with a teacher."""
+        counts = {"tokens": float(batch.target_tokens), "examples": float(len(batch.labels))}
+        if self.config.kl > 0:
+            present = batch.teacher["distributions"].present[:, None]
+            counts["taught_tokens"] = float(((batch.labels != IGNORE) & present).sum())
+        if self.config.alignment:
+            counts["aligned_examples"] = float(self._aligned_examples(batch).sum())
+        return counts
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
+        """The terms of one micro-batch."""
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            instruction_ids=batch.instruction_ids,
+            instruction_attention_mask=batch.instruction_attention_mask,
+            task_index=batch.task_index,
+            labels=batch.labels,
+        )
+        terms = label_terms(output.logits, batch, self.config.label)
+        if self.config.kl > 0:
+            divergence = kl_stored(output.logits, batch.teacher["distributions"], batch.labels, self.temperature)
+            terms["kl"] = Term(divergence, "taught_tokens", self.config.kl)
+        if self.config.alignment:
+            terms.update(self._alignment(output.state.adapters, batch, output.logits))
+        return terms
+
+    def _alignment(
+        self, adapters: Mapping[str, LowRank], batch: Batch, logits: torch.Tensor
+    ) -> dict[str, Term]:
+        """Per distinct task, averaged by example count: neither grouping nor world size changes it."""
+        teacher, _ = batch.teacher["adapters"]
+        if not teacher:
+            # No unit of this micro-batch has a teacher; the terms keep their names, and the graph its adapters.
+            zero = 0.0 * logits.float().sum()
+            return {"alignment": Term(zero, "aligned_examples", 1.0), "mse": Term(zero, "aligned_examples", 0.0)}
+        form = ALIGNMENTS[self.config.alignment_form]
+        error = form(adapters, teacher, self.scaling, self.teacher_scaling, self.mean_square)
+        examples = self._aligned_examples(batch).to(error.dtype)
+        weighted = (examples * alignment_weight(error, self.config.alignment) * error).sum()
+        return {
+            "alignment": Term(weighted, "aligned_examples", 1.0),
+            "mse": Term((examples * error).sum().detach(), "aligned_examples", 0.0),
+        }
+
+    def _aligned_examples(self, batch: Batch) -> torch.Tensor:
+        """(U,) examples of each task that has a teacher."""
+        _, present = batch.teacher["adapters"]
+        assert batch.task_index is not None
+        return torch.bincount(batch.task_index, minlength=len(present)) * present
+
+
+def shift_right(batch: Batch) -> torch.Tensor:
+    """(N, T) decoder inputs: T5's start token 0, then the labels without their last; padding is 0 as well."""
+    shifted = batch.labels.new_zeros(batch.labels.shape)
+    shifted[:, 1:] = batch.labels[:, :-1].masked_fill(batch.labels[:, :-1] == IGNORE, 0)
+    return shifted
+
+
+def label_terms(logits: torch.Tensor, batch: Batch, weight: float) -> dict[str, Term]:
+    """L_pred, and two figures that are only logged: token accuracy and teacher-forced exact match."""
+    real = batch.labels != IGNORE
+    right = (logits.argmax(-1) == batch.labels) & real
+    exact = (right | ~real).all(1) & real.any(1)
+    return {
+        "label": Term(label_loss(logits, batch.labels), "tokens", weight),
+        "token_accuracy": Term(right.sum().float(), "tokens", 0.0),
+        "exact": Term(exact.sum().float(), "examples", 0.0),
+    }

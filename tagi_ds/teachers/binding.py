@@ -1,0 +1,81 @@
+"""What a store is bound to, and the refusal of a store that belongs to something else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tagi_ds.config import DataConfig
+from tagi_ds.data.examples import Task
+from tagi_ds.data.mixture import fingerprint
+from tagi_ds.errors import UserError
+from tagi_ds.files import read_json
+
+PROMPT_FIELDS = ("prompt", "positives", "max_source_tokens", "max_target_tokens")
+
+
+def dataset_fingerprint(tasks: Sequence[Task]) -> str:
+    """Hex SHA-256 over every task's wording, examples and references, in order of the task names."""
+    return fingerprint(sorted(tasks, key=lambda task: task.name))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hex SHA-256 over a tokenizer's vocabulary with its ids."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def data_binding(config: DataConfig, tasks: Sequence[Task], tokenizer: Any) -> dict[str, Any]:
+    """The part of a store's binding that both stores share: data set, prompt format, tokenizer."""
+    prompt = {name: getattr(config, name) for name in PROMPT_FIELDS}
+    return {"dataset": dataset_fingerprint(tasks), "tokenizer": tokenizer_hash(tokenizer), **prompt}
+
+
+def read_manifest(folder: Path, kind: str, command: str) -> dict[str, Any]:
+    """A store's manifest.
+
+    Args:
+        folder: the store.
+        kind: what the manifest's ``format`` must be.
+        command: the launcher that makes such a store, for the mend.
+
+    Raises:
+        UserError: missing, unfinished, not JSON, or of another kind.
+    """
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a finished store: manifest.json is missing", f"make it with {command}")
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise UserError(f"{file} is not of the kind {kind!r}", f"make the store with {command}")
+    return manifest
+
+
+def require_fit(folder: Path, bound: Mapping[str, Any], expected: Mapping[str, Any], command: str) -> None:
+    """Refuses a store whose binding differs from the run's.
+
+    Args:
+        folder: the store.
+        bound: the manifest's binding.
+        expected: the run's values of the fields that must agree.
+        command: the launcher that makes such a store, for the mend.
+
+    Raises:
+        UserError: names every field that differs with both values.
+    """
+    differing = [
+        f"{key} (store: {_short(bound.get(key))}, run: {_short(value)})"
+        for key, value in expected.items()
+        if bound.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"the store {folder} does not fit this run; differing: {', '.join(differing)}",
+            f"point to the store made for this run, or make it anew with {command}",
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
