@@ -98,8 +98,12 @@ def _split_primitives(rng: random.Random) -> tuple[list[Step], list[Step], list[
     held_out = test + validation
     missing = sorted(set(FIELD_OF) - {step.word for step in train})
     spare = [s for name in ("insert_before", "insert_after") for s in every_step(OPERATIONS[name])]
-    for word in missing:
-        train.append(rng.choice([s for s in spare if s.word == word and s not in held_out]))
+    # Every word occurs in training, and a held-out step's word there with another operation than its own.
+    wanted = [(word, "") for word in missing] + sorted((s.word, s.operation) for s in held_out if s.word)
+    for word, own in wanted:
+        if not any(s.word == word and s.operation != own for s in train):
+            free = [s for s in spare if s.word == word and s.operation != own and s not in held_out]
+            train.append(rng.choice(free))
     return sorted(train), sorted(test), sorted(validation)
 
 

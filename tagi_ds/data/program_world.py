@@ -82,10 +82,12 @@ def word_program(program: Program) -> list[str]:
 
 def draw_record(rng: random.Random, needed: set[str]) -> Words:
     """A random record of three to five words that has the needed fields (at most five)."""
-    length = max(rng.randint(3, 5), len(needed))
+    # Half a million records are drawn for one benchmark: `random()` is several times faster than `choice`.
+    draw = rng.random
     others = [name for name in FIELDS if name not in needed]
-    chosen = needed | set(rng.sample(others, length - len(needed)))
-    return tuple(rng.choice(FIELDS[name]) for name in FIELDS if name in chosen)
+    for _ in range(len(FIELDS) - max(3 + int(3 * draw()), len(needed))):
+        others.pop(int(len(others) * draw()))
+    return tuple(words[int(len(words) * draw())] for name, words in FIELDS.items() if name in needed or name in others)
 
 
 def draw_inputs(program: Program, rng: random.Random, count: int) -> list[Words] | None:

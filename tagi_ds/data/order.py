@@ -1,0 +1,75 @@
+"""What every mixture shares: seeded choices without state, and the share of a rank in a global batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tagi_ds.errors import UserError
+
+Item = TypeVar("Item")
+
+
+def permutation(size: int, *key: object) -> np.ndarray:
+    """A permutation of range(size) that depends on the key alone."""
+    return generator(*key).permutation(size)
+
+
+def generator(*key: object) -> np.random.Generator:
+    """Random numbers that depend on the key alone, the same in every process."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def choose(options: int, *key: object) -> int:
+    """One of range(options), by the key alone."""
+    if options == 1:
+        return 0
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") % options
+
+
+class Share:
+    """The contiguous slices of a global batch that one rank has, one a micro-batch.
+
+    The global batch does not depend on the numbers of ranks and micro-batches; only the dealing does.
+
+    Raises:
+        UserError: the global batch cannot be dealt evenly.
+    """
+
+    def __init__(self, tasks_per_batch: int, rank: int, world_size: int, accumulation: int) -> None:
+        parts = world_size * accumulation
+        if tasks_per_batch < 1 or tasks_per_batch % parts:
+            raise UserError(
+                f"data.tasks_per_batch = {tasks_per_batch} does not divide by {world_size} ranks x "
+                f"engine.accumulation = {accumulation}",
+                f"make data.tasks_per_batch a multiple of {parts}, or change engine.accumulation or the ranks",
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self._size = tasks_per_batch // parts
+        self._first = rank * accumulation
+        self._accumulation = accumulation
+
+    def of(self, batch: Sequence[Item]) -> list[Sequence[Item]]:
+        """This rank's micro-batches of a global batch."""
+        starts = [(self._first + micro) * self._size for micro in range(self._accumulation)]
+        return [batch[start : start + self._size] for start in starts]
+
+
+def check_state(state: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuses a data state that belongs to other data or another order.
+
+    Raises:
+        UserError: a field of the state that must be equal differs; the text names it.
+    """
+    for name, value in own.items():
+        if state.get(name) != value:
+            raise UserError(
+                f"the checkpoint's data position was taken with {name} = {state.get(name)}, this run has {value}",
+                "resume with the data and settings of the interrupted run, or start another output folder",
+            )

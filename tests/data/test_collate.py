@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tagi_ds.config import DataConfig
+from tagi_ds.data.collate import Collator, TaskChunk
+from tagi_ds.data.examples import Example, Task
+from tagi_ds.data.prompts import concatenated_text, input_text, instruction_text
+
+LAMP = Task(
+    "lamp",
+    "turn the lamp around\n",
+    "light",
+    (Example("1", "lamp box", ("box", "bell")), Example("2", "say lamp lamp chair", ("chair",))),
+    paraphrases=("say lamp",),
+    positives=(("lamp", "bell."), ("box", "chair")),
+)
+BOX = Task("box", "say box", "wood", (Example("3", "box", ("box box box",)),))
+CHUNKS = [
+    TaskChunk(LAMP, 0, LAMP.examples[:1], (1,)),
+    TaskChunk(BOX, 0, BOX.examples, (0,)),
+    TaskChunk(LAMP, 0, LAMP.examples[1:], (0,)),
+    TaskChunk(LAMP, 1, LAMP.examples[:1], (0,)),
+]
+
+
+def test_tk_instruct_wording() -> None:
+    config = DataConfig(positives=2)
+    instruction = (
+        "Definition: turn the lamp around.\n\n"
+        "Positive Example 1 -\nInput: lamp.\n Output: bell.\n\n"
+        "Positive Example 2 -\nInput: box.\n Output: chair.\n\n"
+    )
+    rest = "Now complete the following example -\nInput: lamp box.\nOutput: "
+    assert instruction_text(LAMP, 0, config) == instruction
+    assert input_text("lamp box", config) == rest
+    assert concatenated_text(LAMP, 0, "lamp box", config) == instruction + rest
+    assert instruction_text(LAMP, 1, DataConfig()) == "Definition: say lamp.\n\n"
+
+
+def test_plain_wording(plain: DataConfig) -> None:
+    assert instruction_text(LAMP, 0, plain) == "turn the lamp around"
+    assert input_text(" lamp", plain) == " lamp"
+    assert concatenated_text(LAMP, 1, "box", plain) == "say lamp\nbox"
+
+
+def test_distinct_instructions_once(tokenizer: PreTrainedTokenizerBase, plain: DataConfig) -> None:
+    batch = Collator(tokenizer, plain)(CHUNKS)
+    assert batch.tasks == ["lamp", "box", "lamp"]
+    assert batch.units == ["light", "wood", "light"]
+    assert batch.task_index.tolist() == [0, 1, 0, 2]
+    assert batch.example_ids == ["1", "3", "2", "1"]
+    assert batch.instruction_ids.shape[0] == 3
+    read = [tokenizer.decode(row, skip_special_tokens=True) for row in batch.instruction_ids]
+    assert read == ["turn the lamp around", "say box", "say lamp"]
+    targets = batch.labels.masked_fill(batch.labels == -100, 0)
+    assert tokenizer.batch_decode(targets, skip_special_tokens=True) == ["bell", "box box box", "chair", "box"]
+
+
+def test_padding(tokenizer: PreTrainedTokenizerBase, plain: DataConfig) -> None:
+    batch = Collator(tokenizer, plain)(CHUNKS)
+    for ids, mask in (
+        (batch.input_ids, batch.attention_mask),
+        (batch.instruction_ids, batch.instruction_attention_mask),
+    ):
+        assert ids.dtype == mask.dtype == torch.int64
+        assert ids.shape == mask.shape
+        assert ids.shape[1] % 8 == 0
+        assert torch.equal(ids != 0, mask.bool())
+        assert (mask.diff(dim=1) <= 0).all()
+        last = mask.sum(1) - 1
+        assert (ids[torch.arange(len(ids)), last] == tokenizer.eos_token_id).all()
+        assert ids.shape[1] - int(mask.sum(1).max()) < 8
+    assert batch.labels.shape[1] % 8 == 0
+    assert not (batch.labels == 0).any()
+    assert ((batch.labels == tokenizer.eos_token_id).sum(1) == 1).all()
+
+
+def test_forms_and_units(tokenizer: PreTrainedTokenizerBase, plain: DataConfig) -> None:
+    joined = Collator(tokenizer, plain, form="concatenated", unit="task")(CHUNKS)
+    assert joined.instruction_ids is None
+    assert joined.units == joined.tasks
+    assert tokenizer.decode(joined.input_ids[0], skip_special_tokens=True) == "turn the lamp around lamp box"
+    bare = Collator(tokenizer, plain, form="input_only")(CHUNKS)
+    assert bare.instruction_ids is None
+    assert tokenizer.decode(bare.input_ids[0], skip_special_tokens=True) == "lamp box"
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1, 5])
+def test_truncation_keeps_the_end_token_and_is_counted(tokenizer: PreTrainedTokenizerBase, excess: int) -> None:
+    text = "lamp box chair bell lamp box"
+    whole = tokenizer(text)["input_ids"]
+    limit = len(whole) - excess
+    collator = Collator(tokenizer, DataConfig(max_source_tokens=1000, max_target_tokens=limit))
+    for _ in range(2):
+        ids = collator.encode(text, "target").tolist()
+    assert ids == (whole if excess <= 0 else [*whole[: limit - 1], 1])
+    assert collator.truncated["target"] == (2 if excess > 0 else 0)
+    assert collator.encode(text, "input").tolist() == whole
+
+
+def test_concatenation_is_cut_as_a_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    collator = Collator(tokenizer, DataConfig(prompt="plain", max_source_tokens=6), form="concatenated")
+    batch = collator(CHUNKS[:1])
+    whole = tokenizer("turn the lamp around lamp box")["input_ids"]
+    assert batch.input_ids[0, :6].tolist() == [*whole[:5], 1]
+    assert collator.truncated["input"] == 1
+
+
+def test_the_memo_is_bounded(tokenizer: PreTrainedTokenizerBase, plain: DataConfig, monkeypatch) -> None:
+    monkeypatch.setattr("tagi_ds.data.collate._MEMO_TOKENS", 50)
+    collator = Collator(tokenizer, plain)
+    fresh = Collator(tokenizer, plain)
+    for number in range(200):
+        text = f"lamp {number}"
+        assert collator.encode(text, "input").tolist() == fresh.encode(text, "input").tolist()
+        assert len(collator._memo) < 60
