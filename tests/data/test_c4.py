@@ -148,16 +148,20 @@ def test_missing_empty_and_unreadable_corpora(tmp_path: Path, tokenizer: PreTrai
         DocumentMixture(tmp_path, tokenizer, DataConfig(document_tokens=8), 0)
 
 
-def test_the_embedded_corpus_and_the_real_one(
-    benchmark_folder: Path, real_data: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    config = DataConfig(tasks_per_batch=8, document_tokens=48, min_part_tokens=8)
-    for folder in (benchmark_folder / "c4", real_data / "c4"):
-        assert len(shards_of(folder)) == 4
-        mixture = DocumentMixture(folder, tokenizer, config, 0)
-        for _ in range(10):
-            (batch,) = mixture.next_step()
-            assert batch.instruction_ids is not None
-            assert batch.instruction_ids.shape[0] == 8
-            assert batch.target_tokens >= 8 * 9
-            assert torch.equal(batch.input_ids != 0, batch.attention_mask.bool())
+def check_corpus(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert len(shards_of(folder)) == 4
+    mixture = DocumentMixture(folder, tokenizer, DataConfig(tasks_per_batch=8, document_tokens=48), 0)
+    for _ in range(10):
+        (batch,) = mixture.next_step()
+        assert batch.instruction_ids is not None
+        assert batch.instruction_ids.shape[0] == 8
+        assert batch.target_tokens >= 8 * 9
+        assert torch.equal(batch.input_ids != 0, batch.attention_mask.bool())
+
+
+def test_the_embedded_corpus(benchmark_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    check_corpus(benchmark_folder / "c4", tokenizer)
+
+
+def test_real_shards(real_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    check_corpus(real_data / "c4", tokenizer)
