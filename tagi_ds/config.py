@@ -134,6 +134,8 @@ class TeacherConfig:
     """Entries kept a target token; the tail's mass is kept beside them."""
     temperature: float = 1.0
     """Temperature of the stored distributions."""
+    store_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the stored log-probabilities; float32 takes 24 bytes a token more at k = 12."""
 
 
 @dataclass
@@ -208,10 +210,11 @@ class EngineConfig:
 class EvaluationConfig:
     """Evaluation by generation."""
 
-    model: str | None = None
-    """Folder to evaluate: a converted TAGI model or an ordinary seq2seq model. Default: the study's."""
+    methods: dict[str, str] | None = None
+    """Name of a method -> what is evaluated: the folder of a converted TAGI model or of an ordinary seq2seq model
+    (which reads the concatenated instruction), or `untrained` for a new hypernetwork. Default: what the study has."""
     groups: dict[str, str] | None = None
-    """Name of a group of tasks -> split file (without .txt). Default: {"test": "test_tasks"}, or what exists."""
+    """Name of a group of tasks -> split file (without .txt). Default: {"test": "test_tasks"}."""
     batch_examples: int = 64
     """Examples generated together on one rank."""
     max_instances: int = 100

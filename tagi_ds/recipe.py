@@ -37,11 +37,13 @@ class Parsed:
         config: the resolved configuration.
         recipe_path: the recipe that was read; None: the fields' own defaults.
         is_default: no ``--config`` was given.
+        scale: the `scale` that was asked for, which the resolved configuration has taken in.
     """
 
     config: RunConfig
     recipe_path: Path | None
     is_default: bool
+    scale: float
 
 
 def parse(stage: str, argv: list[str] | None = None, default_recipe: Path | None = None) -> Parsed:
@@ -68,9 +70,10 @@ def parse(stage: str, argv: list[str] | None = None, default_recipe: Path | None
         values |= read_recipe(recipe_path, stage)
     for key, text in flags.items():
         values[key] = _typed_flag(key, text)
-    config = resolve(_build(values), stage)
+    given = _build(values)
+    config = resolve(given, stage)
     check(config, stage)
-    return Parsed(config, recipe_path, is_default=named is None)
+    return Parsed(config, recipe_path, is_default=named is None, scale=given.scale)
 
 
 def read_recipe(path: Path, stage: str) -> dict[str, Any]:

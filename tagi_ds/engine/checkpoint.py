@@ -40,6 +40,7 @@ class RunState:
         seconds: training time so far, over all starts.
         data, extra: state of the batch source and of what else the run carries.
         best: best value of the metric so far and its step, or None before the first evaluation.
+        flops_per_step: floating-point operations of a step, all ranks together, counted on the run's first steps.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     best: dict[str, float] | None = None
+    flops_per_step: float = 0.0
 
 
 class CheckpointStore:

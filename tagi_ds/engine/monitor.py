@@ -32,6 +32,7 @@ class Monitor:
 
     def __init__(self, run_dir: Path, title: str, total_steps: int) -> None:
         self.run_dir, self.title, self.total_steps = run_dir, title, total_steps
+        self.flops_per_step = 0.0
         self.metrics_file = run_dir / "metrics.jsonl"
         self._writer: Any = None
         self._progress: Progress | None = None
@@ -115,6 +116,8 @@ class Monitor:
             for name in ("examples", "tokens")
             if name in self._window_counts and self._window_steps
         }
+        if self._window_steps and self.flops_per_step:
+            figures["tflops"] = self.flops_per_step * self._window_steps / elapsed / 1e12
         self._window_began, self._window_counts, self._window_steps = now, {}, 0
         return figures
 

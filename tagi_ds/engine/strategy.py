@@ -56,6 +56,10 @@ class Strategy(ABC):
         """Within it the model is built or loaded; ZeRO-3 then holds it in shards from the start."""
         return contextlib.nullcontext()
 
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it these parameters are whole; what is written to them on rank 0 is kept on every rank."""
+        return contextlib.nullcontext()
+
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer: OptimizerConfig, total_steps: int) -> None:
         """Takes the model over: device, precision, optimizer.

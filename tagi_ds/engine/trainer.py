@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from tagi_ds.config import EngineConfig
 from tagi_ds.engine.checkpoint import CheckpointStore, RunState
-from tagi_ds.engine.distributed import broadcast_object
+from tagi_ds.engine.distributed import all_reduce_sums, broadcast_object
+from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.engine.monitor import Monitor
 from tagi_ds.engine.objective import BatchSource, Objective, Stateful, Term
 from tagi_ds.engine.step import NonFiniteError, StepReport, train_step
@@ -22,6 +23,10 @@ __all__ = ["BatchSource", "Interrupted", "NonFiniteError", "Objective", "Statefu
 
 INTERRUPTED_STATUS = 130
 """Exit status of a run that a signal stopped after a checkpoint."""
+
+
+FLOP_STEPS = 3
+"""First steps of a run whose operations are counted; later ones are taken to cost the same."""
 
 
 class Interrupted(SystemExit):
@@ -70,7 +75,8 @@ class Trainer:
         """Trains from the last complete checkpoint, or from the start, to the end.
 
         Returns:
-            step, seconds of training over all starts, best ({"value", "step"} or None) and resumed_from (a step).
+            step, seconds of training over all starts, flops of all steps and ranks, best ({"value", "step"} or None)
+            and resumed_from (a step).
 
         Raises:
             NonFiniteError: a loss or gradient norm is not finite.
@@ -117,6 +123,15 @@ class Trainer:
         self.monitor.count(self.state.step, report.counts, report.metrics["loss/total"])
         return report
 
+    def _counted_step(self, batches: list[Any]) -> StepReport:
+        meter, before = FlopMeter(), self.state.step
+        with meter.counting():
+            report = train_step(self.strategy, self.objective, batches, before, self._stop_asked)
+        flops = all_reduce_sums({"flops": float(meter.flops)})["flops"]
+        self.state.flops_per_step = (self.state.flops_per_step * before + flops) / (before + 1)
+        self.monitor.flops_per_step = self.state.flops_per_step
+        return report
+
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
 
@@ -153,6 +168,7 @@ class Trainer:
             )
         saved.total_steps = self.config.steps
         self.state = saved
+        self.monitor.flops_per_step = saved.flops_per_step
         self.source.load_state_dict(saved.data)
         if self.extra_state:
             self.extra_state.load_state_dict(saved.extra)
@@ -160,7 +176,13 @@ class Trainer:
 
     def _summary(self, resumed_from: int | None) -> dict[str, Any]:
         state = self.state
-        return {"step": state.step, "seconds": state.seconds, "best": state.best, "resumed_from": resumed_from}
+        return {
+            "step": state.step,
+            "seconds": state.seconds,
+            "flops": state.flops_per_step * state.step,
+            "best": state.best,
+            "resumed_from": resumed_from,
+        }
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:

@@ -43,6 +43,13 @@ class ZeroStrategy(Strategy):
             self._hugging_face_config = HfDeepSpeedConfig(self._config)
         yield
 
+    @contextlib.contextmanager
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """See `Strategy.gathered`."""
+        sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        with self._deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+            yield
+
     def prepare(self, model: nn.Module, optimizer: OptimizerConfig, total_steps: int) -> None:
         """See `Strategy.prepare`."""
         if optimizer.name != "adamw":

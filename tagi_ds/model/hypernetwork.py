@@ -7,6 +7,7 @@ learned embedding of the site.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 
 import torch

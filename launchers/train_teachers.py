@@ -1,0 +1,11 @@
+"""Trains the task-specific LoRA teachers into a parameter store.
+
+    deepspeed launchers/train_teachers.py                         the embedded default
+    deepspeed launchers/train_teachers.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
+"""
+
+from tagi_ds.launch import run_stage
+from tagi_ds.stages import train_teachers
+
+if __name__ == "__main__":
+    run_stage("train_teachers", train_teachers.run)

@@ -1,0 +1,210 @@
+"""From a run's configuration to its parts: folders of a study, tokenizer, models, stores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+
+from tagi_ds.config import ModelConfig, RunConfig
+from tagi_ds.data.examples import Task
+from tagi_ds.data.tokenizer import load_tokenizer
+from tagi_ds.engine.checkpoint import best_checkpoint, read_trained_parameters
+from tagi_ds.errors import UserError
+from tagi_ds.methods import METHODS
+from tagi_ds.model.adapter import Site, find_sites
+from tagi_ds.model.backbone import backbone_class, content_hash, load_backbone, resolve_folder
+from tagi_ds.model.tagi import Gather, TagiConfig, TagiForConditionalGeneration
+from tagi_ds.teachers.binding import data_binding
+from tagi_ds.teachers.distillation import Distillation
+from tagi_ds.teachers.logit_store import LogitStore
+from tagi_ds.teachers.parameter_store import ParameterStore
+
+
+def study_backbone(config: RunConfig) -> Path:
+    """The folder of the run's backbone: `model.backbone`, or the one that the study itself trained.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if config.model.backbone is not None:
+        return resolve_folder(config.model.backbone)
+    own = Path(config.study_dir) / "backbone" / "model"
+    if not (own / "config.json").is_file():
+        raise UserError(
+            f"the study has no backbone: {own} is missing",
+            "name one with --model.backbone FOLDER_OR_HUB_ID, or train the small one: deepspeed launchers/backbone.py",
+        )
+    return own
+
+
+def load_study_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer; before there is a backbone, the embedded benchmark's."""
+    with contextlib.suppress(UserError):
+        return load_tokenizer(str(study_backbone(config)))
+    if config.model.backbone is not None:
+        return load_tokenizer(config.model.backbone)
+    return load_tokenizer(f"{config.data.sni_dir}/tokenizer")
+
+
+def build_scratch(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A small T5 with random weights, drawn from torch's current generator."""
+    shape = config.scratch
+    settings = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=shape.d_model,
+        d_kv=shape.d_model // shape.heads,
+        d_ff=shape.d_ff,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=config.model.dropout or 0.0,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(settings)
+
+
+def build_seq2seq(config: RunConfig, folder: Path) -> PreTrainedModel:
+    """An ordinary seq2seq model from a folder, with the run's dropout."""
+    overrides = {} if config.model.dropout is None else {"dropout_rate": config.model.dropout}
+    return load_backbone(folder, **overrides)
+
+
+def build_tagi(
+    config: RunConfig,
+    dtype: torch.dtype = torch.float32,
+    gather: Gather = lambda _: contextlib.nullcontext(),
+    shared_a: dict[str, torch.Tensor] | None = None,
+) -> TagiForConditionalGeneration:
+    """The run's TAGI model: its backbone, and a hypernetwork that is new or `model.initial`'s.
+
+    Args:
+        config: its seed draws a new hypernetwork, the same under every strategy.
+        dtype: of the parameters.
+        gather: makes sharded parameters whole.
+        shared_a: site -> A (r, d_in) of the teachers, for `model.a: shared`.
+    """
+    settings = config.model
+    folder = study_backbone(config)
+    overrides = {} if settings.dropout is None else {"dropout_rate": settings.dropout}
+    backbone = load_backbone(folder, dtype, **overrides)
+    torch.manual_seed(config.seed)
+    model = TagiForConditionalGeneration.from_backbone(
+        backbone, tagi_config(settings, folder), settings.fusion_start, gather
+    )
+    model.hypernetwork.to(dtype)
+    if shared_a is not None:
+        model.hypernetwork.set_shared_a(shared_a)
+    if settings.initial is not None:
+        load_initial(model, Path(settings.initial), gather)
+    model.freeze()
+    return model
+
+
+def tagi_config(settings: ModelConfig, backbone: Path) -> TagiConfig:
+    """The transformers configuration of a run's model section; the method decides fusion and concatenation."""
+    method = METHODS[settings.method]
+    return TagiConfig(
+        backbone_hash=content_hash(backbone),
+        backbone_name=settings.backbone or "tagi_ds backbone",
+        rank=settings.rank,
+        alpha=settings.alpha,
+        sites=list(settings.sites),
+        a=settings.a,
+        bottleneck=settings.bottleneck,
+        head=settings.head,
+        pooling=settings.pooling,
+        fusion=settings.fusion and method.fusion,
+        fusion_norm=settings.fusion_norm,
+        fusion_heads=settings.fusion_heads,
+        concatenate=settings.concatenate and method.concatenate,
+        also_train=settings.also_train,
+    )
+
+
+def load_initial(model: TagiForConditionalGeneration, source: Path, gather: Gather) -> None:
+    """Loads what an earlier run trained: a run folder (its best checkpoint) or a converted model folder.
+
+    Raises:
+        UserError: the source is neither, or its hypernetwork is of another shape.
+    """
+    if (source / "checkpoints").is_dir():
+        trained = read_trained_parameters(best_checkpoint(source))
+    elif (source / "model.safetensors").is_file() or list(source.glob("model-*.safetensors")):
+        files = sorted(source.glob("model*.safetensors"))
+        trained = {name: value for file in files for name, value in load_file(file).items()}
+        if model.config.also_train == "nothing":
+            trained = {name: value for name, value in trained.items() if name.startswith("hypernetwork.")}
+    else:
+        raise UserError(
+            f"model.initial {source} is neither a run folder with checkpoints nor a model folder",
+            "give the folder of the pretraining run, or of a converted model",
+        )
+    own = dict(model.named_parameters())
+    expected = {name for name, p in own.items() if name.startswith("hypernetwork.") and p.requires_grad}
+    shapes = {name: tuple(getattr(own[name], "ds_shape", own[name].shape)) for name in trained.keys() & own.keys()}
+    wrong = sorted(
+        (expected - trained.keys())
+        | (trained.keys() - own.keys())
+        | {name for name in shapes if shapes[name] != tuple(trained[name].shape)}
+    )
+    if wrong:
+        raise UserError(
+            f"model.initial {source} holds another model: {', '.join(wrong[:4])} differ",
+            "use the model section (rank, sites, bottleneck, head, fusion) with which it was trained",
+        )
+    with torch.no_grad(), gather([own[name] for name in trained]):
+        for name, value in trained.items():
+            own[name].copy_(value)
+
+
+def backbone_sites(folder: Path, kinds: Sequence[str]) -> list[Site]:
+    """The adapter sites of a backbone, from its configuration alone; no weights are loaded."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return find_sites(backbone_class(config.model_type, own_head=False)(config), kinds)
+
+
+def open_distillation(
+    config: RunConfig, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
+) -> Distillation:
+    """The stores that the run's loss asks for, each checked against the run before its first step.
+
+    Raises:
+        UserError: a store is missing, damaged, or bound to something else.
+    """
+    loss, study = config.loss, Path(config.study_dir)
+    logits = parameters = None
+    data: dict[str, Any] = data_binding(config.data, tasks, tokenizer) if loss.kl > 0 or loss.alignment else {}
+    if loss.kl > 0:
+        folder = Path(loss.logit_store or study / "store_logits" / "store")
+        logits = LogitStore(folder, {**data, "seed": config.seed})
+    if loss.alignment:
+        folder = Path(loss.parameter_store or study / "train_teachers" / "store")
+        backbone = study_backbone(config)
+        sites = [site.name for site in backbone_sites(backbone, config.model.sites)]
+        expected = {"backbone": content_hash(backbone), "unit": config.teachers.unit, "sites": sites}
+        if loss.alignment_form == "mse":
+            expected["rank"] = config.model.rank
+        parameters = ParameterStore(folder, {**data, **expected})
+    return Distillation(logits, parameters, loss)
+
+
+def trainable_share(model: nn.Module) -> str:
+    """One line: parameters of each part, and how many train."""
+
+    def count(parameters: Any, trained: bool = False) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad or not trained)
+
+    parts = {"all": model}
+    if isinstance(model, TagiForConditionalGeneration):
+        parts = {"backbone": model.backbone, "generator": model.hypernetwork.generator}
+        if model.hypernetwork.fusion is not None:
+            parts["fusion"] = model.hypernetwork.fusion
+    return ", ".join(f"{name} {count(p.parameters()):,} ({count(p.parameters(), True):,} train)" for name, p in parts.items())

@@ -1,0 +1,111 @@
+"""What every launcher does around its stage: command line, processes, run folder, errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tagi_ds import recipe, run_folder, study
+from tagi_ds.config import RunConfig
+from tagi_ds.errors import UserError
+
+RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
+DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
+USER_ERROR_STATUS = 2
+
+REAL_DATA = {
+    "backbone": "(a published backbone needs no training: give it to the later stages as --model.backbone)",
+    "pretrain": "--config launchers/recipes/sni_base.yaml --data.c4_dir C4_FOLDER --model.backbone google/t5-base-lm-adapt",
+    "train_teachers": "--config launchers/recipes/sni_base.yaml --data.sni_dir natural-instructions",
+    "store_logits": "--config launchers/recipes/sni_base.yaml --data.sni_dir natural-instructions "
+    "--teachers.logit_teacher allenai/tk-instruct-base-def-pos",
+    "finetune": "--config launchers/recipes/sni_base.yaml --data.sni_dir natural-instructions",
+    "meta_train": "--config launchers/recipes/sni_base.yaml --data.sni_dir natural-instructions",
+    "evaluate": "--config launchers/recipes/sni_base.yaml --data.sni_dir natural-instructions",
+    "convert": "--config launchers/recipes/sni_base.yaml --convert.run runs/sni_base/finetune",
+}
+"""What a user types after the launcher's name for real data, by stage."""
+
+
+@dataclass
+class Stage:
+    """One launched stage.
+
+    Attributes:
+        name: one of tagi_ds.config.STAGES.
+        config: resolved; `data.sni_dir` and `data.c4_dir` are set.
+        ranks: the processes (tagi_ds.engine.distributed.Ranks).
+        run_dir: the run's folder.
+    """
+
+    name: str
+    config: RunConfig
+    ranks: Any
+    run_dir: Path
+
+    def say(self, text: str) -> None:
+        """Prints a line on rank 0."""
+        if self.ranks.is_main:
+            print(text, flush=True)
+
+
+def run_stage(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
+    """A launcher's main: reads the command line, does the work, records that it is done.
+
+    Without ``--config`` the embedded default is used, and the stages that it builds on are run first where they are
+    missing. A stage that is done says so and returns at once.
+    """
+    try:
+        _run(name, work)
+    except UserError as error:
+        _say_and_leave(f"error: {error}", USER_ERROR_STATUS)
+    except KeyboardInterrupt:
+        _say_and_leave("interrupted; the same command goes on", 130)
+    except Exception:
+        _say_and_leave(traceback.format_exc(), 1)
+
+
+def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
+    parsed = recipe.parse(name, default_recipe=DEFAULT_RECIPE)
+    config, main = parsed.config, int(os.environ.get("RANK", "0")) == 0
+    if parsed.is_default and main:
+        print(
+            f"no --config given: the embedded default {DEFAULT_RECIPE.name} in {config.study_dir}\n"
+            f"on real data: deepspeed launchers/{name}.py {REAL_DATA[name]}",
+            flush=True,
+        )
+    study.prepare_data(config, main)
+    if parsed.is_default:
+        study.run_missing_predecessors(name, config, parsed.scale, main)
+    from tagi_ds.engine.distributed import barrier, start, stop
+
+    ranks = start(config.engine.timeout_s)
+    run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank)
+    stage = Stage(name, config, ranks, run_dir)
+    if run_folder.is_done(run_dir):
+        stage.say(f"{name}: done before, in {run_dir}; delete that folder to do it again")
+    else:
+        began = time.monotonic()
+        summary = work(stage)
+        barrier()
+        if ranks.is_main:
+            run_folder.mark_done(run_dir, {"seconds": round(time.monotonic() - began, 1), **summary})
+    barrier()
+    stop()
+
+
+def _say_and_leave(text: str, status: int) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        # The same error usually stops rank 0 too, which then speaks for all; the launcher ends the others.
+        time.sleep(3)
+        text = f"[rank {rank}] {text}"
+    print(text, file=sys.stderr, flush=True)
+    # Exits without the process group's farewell, which would wait for ranks that are gone.
+    os._exit(status)

@@ -1,0 +1,1 @@
+"""What each stage of a study does, between its launcher and the engine."""

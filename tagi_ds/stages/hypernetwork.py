@@ -1,0 +1,80 @@
+"""The hypernetwork's two stages: pretraining on text, then finetuning on tasks with their teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tagi_ds.build import build_tagi, load_study_tokenizer, open_distillation
+from tagi_ds.config import LossConfig, RunConfig
+from tagi_ds.data.c4 import DocumentMixture
+from tagi_ds.data.collate import Collator
+from tagi_ds.data.sni import training_split
+from tagi_ds.engine.strategy import Strategy, make_strategy
+from tagi_ds.launch import Stage
+from tagi_ds.model.tagi import TagiForConditionalGeneration
+from tagi_ds.objectives import TagiObjective
+from tagi_ds.stages.training import held_out_batches, task_source, train
+from tagi_ds.teachers.distillation import DistilledSource
+
+
+def pretrain(stage: Stage) -> dict[str, Any]:
+    """Stage 2 of the paper: a | b | c; a goes to the hypernetwork, b to the backbone, c is predicted."""
+    config, ranks = stage.config, stage.ranks
+    tokenizer = load_study_tokenizer(config)
+    assert config.data.c4_dir is not None
+    accumulation = config.engine.accumulation
+    source = DocumentMixture(
+        config.data.c4_dir, tokenizer, config.data, config.seed, ranks.rank, ranks.world_size, accumulation
+    )
+    strategy = make_strategy(config.engine, ranks)
+    model = _build(strategy, config)
+    objective = TagiObjective(LossConfig(), model.config.scaling)
+    summary = train(stage, strategy, model, objective, source)
+    return {**summary, "documents_skipped": source.skipped}
+
+
+def finetune(stage: Stage) -> dict[str, Any]:
+    """Stage 3 of the paper: L = label·L_pred + λ1·KL + λ2·alignment on the training tasks."""
+    config = stage.config
+    tokenizer = load_study_tokenizer(config)
+    tasks, validation_tasks = training_split(config.data, config.seed)
+    distillation = open_distillation(config, tasks, tokenizer)
+    own = Path(config.study_dir) / "pretrain"
+    if config.model.initial is None and (own / "done.json").is_file():
+        config.model.initial = str(own)
+    stage.say(f"finetune: hypernetwork from {config.model.initial or 'a new start'}")
+    strategy = make_strategy(config.engine, stage.ranks)
+    store = distillation.parameters
+    shared = store.common_a() if store is not None and config.model.a == "shared" else None
+    model = _build(strategy, config, shared)
+    scaling = model.config.scaling
+    collator = Collator(tokenizer, config.data, "hypernetwork", config.teachers.unit)
+    objective = TagiObjective(
+        config.loss,
+        scaling,
+        distillation.logits.temperature if distillation.logits is not None else 1.0,
+        store.scaling if store is not None else 1.0,
+        store.mean_square if store is not None else None,
+    )
+    source = DistilledSource(task_source(stage, tasks, collator), distillation.attach)
+    held_out = held_out_batches(stage, validation_tasks, collator)
+    summary = train(
+        stage, strategy, model, objective, source, TagiObjective(LossConfig(), scaling), held_out
+    )
+    return {**summary, "truncated": dict(collator.truncated)}
+
+
+def _build(strategy: Strategy, config: RunConfig, shared_a: Any = None) -> TagiForConditionalGeneration:
+    def gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        return strategy.gathered(list(parameters))
+
+    with strategy.model_context():
+        model = build_tagi(config, gather=gather, shared_a=shared_a)
+    if config.engine.activation_checkpointing:
+        model.backbone.gradient_checkpointing_enable()
+    return model

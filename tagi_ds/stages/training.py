@@ -1,0 +1,105 @@
+"""What the four training stages share: prepared strategy, monitor, validation, the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tagi_ds.build import trainable_share
+from tagi_ds.data.collate import Collator
+from tagi_ds.data.examples import Batch, Task
+from tagi_ds.data.mixture import TaskMixture, evaluation_batches
+from tagi_ds.engine.distributed import all_reduce_sums
+from tagi_ds.engine.monitor import Monitor
+from tagi_ds.engine.objective import Objective
+from tagi_ds.engine.strategy import Strategy
+from tagi_ds.engine.trainer import BatchSource, Trainer
+from tagi_ds.launch import Stage
+
+VALIDATION_EXAMPLES = 64
+"""Examples in a validation batch."""
+
+
+def task_source(stage: Stage, tasks: Sequence[Task], collator: Collator) -> TaskMixture:
+    """The training order over tasks for this rank."""
+    data, ranks = stage.config.data, stage.ranks
+    return TaskMixture(
+        tasks,
+        collator,
+        stage.config.seed,
+        data.tasks_per_batch,
+        data.examples_per_task,
+        ranks.rank,
+        ranks.world_size,
+        stage.config.engine.accumulation,
+    )
+
+
+def validation(
+    stage: Stage, strategy: Strategy, objective: Objective, batches: Sequence[Batch]
+) -> Callable[[int], dict[str, float]]:
+    """Figures over all ranks' validation batches: ``validation/loss`` and what else the objective reports."""
+
+    def evaluate(step: int) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        with torch.no_grad():
+            for batch in batches:
+                for name, count in objective.counts(batch).items():
+                    sums[f"count/{name}"] = sums.get(f"count/{name}", 0.0) + count
+                for name, term in objective(strategy.model, batch.to(stage.ranks.device)).items():
+                    sums[f"{name}/{term.per}"] = sums.get(f"{name}/{term.per}", 0.0) + float(term.value)
+        totals = all_reduce_sums(sums)
+        figures = {
+            f"validation/{name.split('/')[0]}": value / max(totals[f"count/{name.split('/')[1]}"], 1.0)
+            for name, value in totals.items()
+            if not name.startswith("count/")
+        }
+        figures["validation/loss"] = figures.pop("validation/label")
+        return figures
+
+    return evaluate
+
+
+def train(
+    stage: Stage,
+    strategy: Strategy,
+    model: nn.Module,
+    objective: Objective,
+    source: BatchSource,
+    validation_objective: Objective | None = None,
+    validation_batches: Sequence[Batch] = (),
+) -> dict[str, Any]:
+    """Runs the loop for a stage; the best checkpoint is the one of the lowest validation loss.
+
+    Returns:
+        The stage's summary: steps, training seconds, flops, best, parameters.
+    """
+    config = stage.config
+    parts = trainable_share(model)
+    stage.say(
+        f"{stage.name}: {config.engine.steps} steps of {config.data.tasks_per_batch * config.data.examples_per_task} "
+        f"examples, {config.engine.strategy} on {stage.ranks.world_size} processes, {config.engine.precision}; {parts}"
+    )
+    strategy.prepare(model, config.optimizer, config.engine.steps)
+    monitor = Monitor(stage.run_dir, stage.name, config.engine.steps)
+    evaluate = None
+    if validation_batches and validation_objective is not None:
+        evaluate = validation(stage, strategy, validation_objective, validation_batches)
+    fitted = Trainer(strategy, objective, source, config.engine, stage.run_dir, monitor, evaluate).fit()
+    return {
+        "steps": fitted["step"],
+        "training_seconds": round(fitted["seconds"], 1),
+        "flops": fitted["flops"],
+        "best": fitted["best"],
+        "parameters": parts,
+    }
+
+
+def held_out_batches(stage: Stage, tasks: Sequence[Task], collator: Collator) -> list[Batch]:
+    """This rank's validation batches."""
+    if not tasks:
+        return []
+    return evaluation_batches(tasks, collator, VALIDATION_EXAMPLES, stage.ranks.rank, stage.ranks.world_size)

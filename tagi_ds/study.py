@@ -1,0 +1,116 @@
+"""A study: the stages that build on each other, in one folder, each resumable by the same command."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tagi_ds import run_folder
+from tagi_ds.config import RunConfig
+from tagi_ds.errors import UserError
+
+PREDECESSORS: dict[str, tuple[str, ...]] = {
+    "backbone": (),
+    "train_teachers": ("backbone",),
+    "store_logits": ("backbone",),
+    "pretrain": ("backbone",),
+    "finetune": ("backbone", "train_teachers", "store_logits", "pretrain"),
+    "meta_train": ("backbone",),
+    "convert": ("backbone", "train_teachers", "store_logits", "pretrain", "finetune"),
+    "evaluate": ("backbone", "train_teachers", "store_logits", "pretrain", "finetune", "convert", "meta_train"),
+}
+"""Stages that must be done before a stage of the embedded study."""
+
+LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
+
+
+def prepare_data(config: RunConfig, main: bool) -> None:
+    """Fills in the embedded benchmark where the run names no data, generating it once.
+
+    Args:
+        config: changed in place: `data.sni_dir` and `data.c4_dir` are set afterwards.
+        main: whether this process writes; others wait for it.
+    """
+    folder = Path(config.study_dir) / "data"
+    needed = config.data.sni_dir is None or config.data.c4_dir is None
+    if needed and not (folder / "tokenizer").is_dir():
+        if main:
+            from tagi_ds.data.program_tasks import generate
+
+            generate(folder, seed=0)
+        while not (folder / "tokenizer").is_dir():
+            time.sleep(0.2)
+    config.data.sni_dir = config.data.sni_dir or str(folder)
+    config.data.c4_dir = config.data.c4_dir or str(folder / "c4" / "en")
+
+
+def run_missing_predecessors(stage: str, config: RunConfig, scale: float, main: bool) -> None:
+    """Runs the default study's stages that `stage` builds on and that are not done; other ranks wait.
+
+    Raises:
+        UserError: one of them fails.
+    """
+    missing = [name for name in PREDECESSORS[stage] if not is_done(config.study_dir, name)]
+    if main:
+        for name in missing:
+            print(f"{stage} builds on {name}, which is not there yet: running it first", flush=True)
+            launch(name, ["--study_dir", config.study_dir, "--scale", str(scale), "--seed", str(config.seed)])
+    while not all(is_done(config.study_dir, name) for name in missing):
+        time.sleep(0.5)
+
+
+def is_done(study_dir: str | Path, stage: str) -> bool:
+    """Whether a study's stage came to its end."""
+    return run_folder.is_done(Path(study_dir) / stage)
+
+
+def launch(stage: str, arguments: list[str], processes: int = 2) -> None:
+    """Runs a launcher through DeepSpeed's own launcher and waits for it.
+
+    Args:
+        stage: names the launcher.
+        arguments: for the launcher.
+        processes: ranks on this machine.
+
+    Raises:
+        UserError: it failed; what it printed says why.
+        KeyboardInterrupt: it was interrupted, after a checkpoint.
+    """
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = [sys.executable, str(deepspeed), "--num_accelerators", str(processes), "--master_port", str(_free_port())]
+    command += ["--log_level", "error", str(LAUNCHERS / f"{stage}.py"), *arguments]
+    # A launcher may itself have been started by DeepSpeed: its ranks are not the ones of the stage.
+    inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in (*inherited, "CROSS_RANK")}
+    # The launcher shares the machine's cores among its ranks only where it is told how.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("DS_ACCELERATOR", "cpu" if not _has_gpu() else "cuda")
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    try:
+        status = subprocess.run(command, env=environment).returncode
+    except KeyboardInterrupt:
+        # The terminal sent the signal to the ranks too; they have checkpointed or are doing so.
+        time.sleep(2)
+        raise
+    if status in (130, -2):
+        raise KeyboardInterrupt
+    if status != 0:
+        raise UserError(
+            f"the stage {stage} failed with status {status}", "mend what it says above; the same command then goes on"
+        )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
