@@ -344,6 +344,13 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **settings,
         )
 
+    def _reorder_cache(self, cache: Any, beam_index: Tensor) -> Any:
+        # `state` is also a name under which transformers looks for a cache. Beams of one example share their task, so
+        # the task's state needs no reordering.
+        if not isinstance(cache, TaskState):
+            cache.reorder_cache(beam_index)
+        return cache
+
     def compile_task(self, instruction: str | Tensor, tokenizer: Any = None) -> CompiledTask:
         """A task object that answers inputs without touching its instruction again.
 
