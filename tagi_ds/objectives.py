@@ -71,7 +71,8 @@ class TagiObjective:
             attention_mask=batch.attention_mask,
             instruction_ids=batch.instruction_ids,
             instruction_attention_mask=batch.instruction_attention_mask,
-            task_index=batch.task_index,
+            # As many instructions as examples: each has its own, and nothing needs to be selected.
+            task_index=None if len(batch.tasks) == len(batch.labels) else batch.task_index,
             labels=batch.labels,
         )
         terms = label_terms(output.logits, batch, self.config.label)
@@ -82,9 +83,7 @@ class TagiObjective:
             terms.update(self._alignment(output.state.adapters, batch, output.logits))
         return terms
 
-    def _alignment(
-        self, adapters: Mapping[str, LowRank], batch: Batch, logits: torch.Tensor
-    ) -> dict[str, Term]:
+    def _alignment(self, adapters: Mapping[str, LowRank], batch: Batch, logits: torch.Tensor) -> dict[str, Term]:
         """Per distinct task, averaged by example count: neither grouping nor world size changes it."""
         teacher, _ = batch.teacher["adapters"]
         if not teacher:

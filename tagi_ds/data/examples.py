@@ -84,7 +84,9 @@ class Batch:
             if isinstance(value, dict):
                 return {key: move(item) for key, item in value.items()}
             if isinstance(value, tuple):
-                return tuple(move(item) for item in value)
+                moved = [move(item) for item in value]
+                # A named tuple stays one: losses read what stores attach by its fields.
+                return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
             return value
 
         return Batch(**{key: move(value) for key, value in vars(self).items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from tagi_ds.config import DataConfig
 from tagi_ds.data.examples import Task
 from tagi_ds.data.mixture import fingerprint
 from tagi_ds.errors import UserError
-from tagi_ds.files import read_json
+from tagi_ds.files import read_json, sha256_of, write_json
 
+MANIFEST = "manifest.json"
 PROMPT_FIELDS = ("prompt", "positives", "max_source_tokens", "max_target_tokens")
 
 
@@ -32,8 +34,18 @@ def data_binding(config: DataConfig, tasks: Sequence[Task], tokenizer: Any) -> d
     return {"dataset": dataset_fingerprint(tasks), "tokenizer": tokenizer_hash(tokenizer), **prompt}
 
 
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes ``manifest.json``, which makes a store complete, with a checksum over its own content."""
+    write_json(folder / MANIFEST, {**manifest, "checksum": content_checksum(manifest)})
+
+
+def content_checksum(content: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a JSON-able object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path, kind: str, command: str) -> dict[str, Any]:
-    """A store's manifest.
+    """A store's manifest, as :func:`write_manifest` wrote it.
 
     Args:
         folder: the store.
@@ -41,15 +53,24 @@ def read_manifest(folder: Path, kind: str, command: str) -> dict[str, Any]:
         command: the launcher that makes such a store, for the mend.
 
     Raises:
-        UserError: missing, unfinished, not JSON, or of another kind.
+        UserError: missing, unfinished, not JSON, of another kind, or altered since it was written.
     """
-    file = folder / "manifest.json"
+    file = folder / MANIFEST
     if not file.is_file():
         raise UserError(f"{folder} is not a finished store: manifest.json is missing", f"make it with {command}")
     manifest = read_json(file)
     if not isinstance(manifest, dict) or manifest.get("format") != kind:
         raise UserError(f"{file} is not of the kind {kind!r}", f"make the store with {command}")
+    checksum = manifest.pop("checksum", None)
+    if checksum != content_checksum(manifest):
+        raise UserError(f"{file} is damaged: its checksum is not that of its content", f"run {command} again")
     return manifest
+
+
+def damaged_files(folder: Path, checksums: Mapping[str, str]) -> list[Path]:
+    """Those files of a store (name -> hex SHA-256) that are missing or not as they were written."""
+    paths = {folder / name: checksum for name, checksum in checksums.items()}
+    return [path for path, checksum in paths.items() if not path.is_file() or sha256_of(path) != checksum]
 
 
 def require_fit(folder: Path, bound: Mapping[str, Any], expected: Mapping[str, Any], command: str) -> None:

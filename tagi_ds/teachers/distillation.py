@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tagi_ds.config import LossConfig
@@ -32,20 +33,34 @@ class Distillation:
         """
         if self.logits is not None:
             distributions = self.logits.read(batch.example_ids, batch.labels)
-            self._require(distributions.present, batch.example_ids, self.logits)
             batch.teacher["distributions"] = distributions
         if self.parameters is not None:
-            adapters, present = self.parameters.read(batch.units)
-            self._require(present, batch.units, self.parameters)
-            batch.teacher["adapters"] = (adapters, present)
+            batch.teacher["adapters"] = self.parameters.read(batch.units)
+        self.require(batch.example_ids, batch.units)
         return batch
 
-    def _require(self, present: Any, names: list[str], store: LogitStore | ParameterStore) -> None:
-        if self.missing == "label_only" or bool(present.all()):
+    def require(self, example_ids: Iterable[str], units: Iterable[str]) -> None:
+        """Looks whether the stores account for these examples and units, before a run and at every batch.
+
+        A unit whose teacher was left out of the alignment, or never trained by choice, is accounted for: its examples
+        learn from labels and distributions.
+
+        Raises:
+            UserError: one is missing and the policy is ``error``; the text names it.
+        """
+        if self.missing == "label_only":
             return
-        name = names[int((~present).nonzero()[0])]
+        if self.logits is not None:
+            _refuse_first((name for name in example_ids if name not in self.logits), "example", self.logits.folder)
+        if self.parameters is not None:
+            absent = (name for name in units if not self.parameters.accounts_for(name))
+            _refuse_first(absent, "teacher unit", self.parameters.folder)
+
+
+def _refuse_first(absent: Iterator[str], what: str, folder: Path) -> None:
+    for name in absent:
         raise UserError(
-            f"the store {store.folder} lacks {name!r}",
+            f"the store {folder} lacks the {what} {name!r}",
             "complete the store, or set --loss.missing label_only to learn such examples from their labels alone",
         )
 

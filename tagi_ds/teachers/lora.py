@@ -7,11 +7,13 @@ shared, while losses, gradients, clipping and AdamW stay elementwise each teache
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,29 +22,16 @@ from tagi_ds.config import TeacherConfig
 from tagi_ds.data.collate import Collator, TaskChunk
 from tagi_ds.data.examples import Example, Task
 from tagi_ds.data.mixture import reference_of
-from tagi_ds.data.order import permutation
+from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.losses import IGNORE
 from tagi_ds.model.adapter import STATE_KEYWORD, LowRank, Site, TaskState, install
+from tagi_ds.teachers.units import Unit, draw
 
 EVALUATIONS = 5
 """Validation points over a teacher's steps; its best one is kept."""
 PATIENCE = 2
-"""A group ends when none of its teachers improved at so many validation points in a row."""
+"""A teacher that did not improve at so many validation points in a row is done."""
 _CLIP = 1.0
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one teacher learns.
-
-    Attributes:
-        name: category or task name.
-        train, validation: (task, example) pairs, disjoint.
-    """
-
-    name: str
-    train: list[tuple[Task, Example]]
-    validation: list[tuple[Task, Example]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,9 @@ class TeacherResult:
         factors: site -> a (r, d_in), b (d_out, r) of its best validation point.
         loss_before, loss_after: validation loss in nats a token, of the bare backbone and of the teacher.
         exact_before, exact_after: share of validation targets predicted whole under teacher forcing.
-        steps: steps until its best point.
+        steps: steps until its best point; 0 where nothing beat the bare backbone.
+        taken: steps trained.
+        flops: floating-point operations of these steps, from one that was counted.
     """
 
     unit: str
@@ -63,24 +54,8 @@ class TeacherResult:
     exact_before: float
     exact_after: float
     steps: int
-
-
-def make_units(tasks: Sequence[Task], config: TeacherConfig, seed: int) -> list[Unit]:
-    """Units of the training tasks, in a seeded order, at most `config.max_units`; each with its validation share."""
-    members: dict[str, list[tuple[Task, Example]]] = {}
-    for task in sorted(tasks, key=lambda task: task.name):
-        name = task.category if config.unit == "category" else task.name
-        members.setdefault(name, []).extend((task, example) for example in task.examples)
-    names = sorted(members)
-    chosen = [names[i] for i in permutation(len(names), seed, "teacher units", 0)][: config.max_units]
-    units = []
-    for name in chosen:
-        pairs = members[name]
-        order = permutation(len(pairs), seed, "teacher validation", name)
-        held = min(max(1, round(config.validation_share * len(pairs))), len(pairs) - 1)
-        validation = [pairs[i] for i in order[:held]]
-        units.append(Unit(name, [pairs[i] for i in order[held:]], validation or pairs))
-    return units
+    taken: int
+    flops: int
 
 
 def common_a(sites: Sequence[Site], rank: int, seed: int) -> dict[str, Tensor]:
@@ -99,10 +74,19 @@ class TeacherBank(nn.Module):
         start: common A by site.
         scaling: alpha / r.
         train_a: False keeps A at the common one.
+
+    Raises:
+        ValueError: the backbone already answers to teachers of other sites or another scaling.
     """
 
     def __init__(
-        self, backbone: nn.Module, sites: list[Site], teachers: int, start: dict[str, Tensor], scaling: float, train_a: bool
+        self,
+        backbone: nn.Module,
+        sites: list[Site],
+        teachers: int,
+        start: dict[str, Tensor],
+        scaling: float,
+        train_a: bool,
     ) -> None:
         super().__init__()
         self.names = [site.name for site in sites]
@@ -114,9 +98,12 @@ class TeacherBank(nn.Module):
         )
         self._backbone = (backbone,)  # a tuple: the bank's parameters are the teachers' alone
         backbone.requires_grad_(False)
-        if not getattr(backbone, "_tagi_installed", False):
+        installed = getattr(backbone, "_teacher_hooks", None)
+        if installed is None:
             install(backbone, sites, scaling)
-            backbone._tagi_installed = True  # type: ignore[assignment]
+            backbone._teacher_hooks = (self.names, scaling)  # type: ignore[assignment]
+        elif installed != (self.names, scaling):
+            raise ValueError("the backbone answers to teachers of other sites or another scaling; load it anew")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         """Logits (N, T, V) of inputs (N, L) whose teachers are `index` (N,)."""
@@ -156,38 +143,66 @@ def train_group(
         backbone: frozen, on its device, in evaluation mode.
         collator: of the form ``input_only``.
         start: common A by site.
-        progress: called with the examples of every step.
+        scaling: alpha / r.
+        progress: called with the number of steps taken, after each.
 
     Returns:
         One result a unit, in their order.
     """
-    bank = TeacherBank(backbone, sites, len(units), start, scaling, config.train_a).to(next(backbone.parameters()).device)
+    device = next(backbone.parameters()).device
+    bank = TeacherBank(backbone, sites, len(units), start, scaling, config.train_a).to(device)
+    measure = functools.partial(_evaluate, bank, units, collator, len(units) * config.examples, seed)
     trained = [parameter for parameter in bank.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    before = _evaluate(bank, units, collator, seed)
-    best = [(loss, exact, 0, bank.snapshot(i)) for i, (loss, exact) in enumerate(before)]
-    every, stale = max(1, math.ceil(config.steps / EVALUATIONS)), 0
+    active = list(range(len(units)))
+    courses = [_Course(i, *figures, bank.snapshot(i)) for i, figures in zip(active, measure(active), strict=True)]
+    meter = FlopMeter()
+    every = max(1, math.ceil(config.steps / EVALUATIONS))
     for step in range(config.steps):
         _set_rate(optimizer, config, step)
-        losses, _ = _losses(bank, _draw(units, config.examples, step, seed), collator, seed)
-        losses.sum().backward()
+        rows = [(i, *pair) for i in active for pair in draw(units[i], config.examples, step, seed)]
+        with meter.counting() if step == 0 else contextlib.nullcontext():
+            sums = _sums(bank, rows, collator, seed)
+            (sums.nll / sums.tokens.clamp(min=1)).sum().backward()
         _clip_each(trained)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        progress(len(units) * config.examples)
+        progress(step + 1)
         if (step + 1) % every and step + 1 < config.steps:
             continue
-        improved = False
-        for i, (loss, exact) in enumerate(_evaluate(bank, units, collator, seed)):
-            if loss < best[i][0]:
-                best[i], improved = (loss, exact, step + 1, bank.snapshot(i)), True
-        stale = 0 if improved else stale + 1
-        if stale == PATIENCE:
+        for i, (loss, exact) in zip(active, measure(active), strict=True):
+            courses[i].pass_point(step + 1, loss, exact, bank)
+        active = [i for i in active if courses[i].stale < PATIENCE]
+        if not active:
             break
-    return [
-        TeacherResult(unit.name, factors, before[i][0], loss, before[i][1], exact, steps)
-        for i, (unit, (loss, exact, steps, factors)) in enumerate(zip(units, best, strict=True))
-    ]
+    return [course.result(unit.name, meter.flops // len(units)) for course, unit in zip(courses, units, strict=True)]
+
+
+class _Course:
+    """One teacher's way: its figures at the start and at its best validation point."""
+
+    def __init__(self, teacher: int, loss: float, exact: float, factors: dict[str, LowRank]) -> None:
+        self.teacher, self.before, self.stale, self.taken = teacher, (loss, exact), 0, 0
+        self.best, self.best_step, self.factors = (loss, exact), 0, factors
+
+    def pass_point(self, step: int, loss: float, exact: float, bank: TeacherBank) -> None:
+        self.taken, self.stale = step, self.stale + 1
+        if loss < self.best[0]:
+            self.best, self.best_step, self.factors, self.stale = (loss, exact), step, bank.snapshot(self.teacher), 0
+
+    def result(self, unit: str, step_flops: int) -> TeacherResult:
+        (loss_before, exact_before), (loss_after, exact_after) = self.before, self.best
+        return TeacherResult(
+            unit=unit,
+            factors=self.factors,
+            loss_before=loss_before,
+            loss_after=loss_after,
+            exact_before=exact_before,
+            exact_after=exact_after,
+            steps=self.best_step,
+            taken=self.taken,
+            flops=step_flops * self.taken,
+        )
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, config: TeacherConfig, step: int) -> None:
@@ -197,42 +212,38 @@ def _set_rate(optimizer: torch.optim.Optimizer, config: TeacherConfig, step: int
         group["lr"] = rate
 
 
-def _draw(units: Sequence[Unit], examples: int, step: int, seed: int) -> list[list[tuple[Task, Example]]]:
-    """The examples of a step for each unit: a permutation an epoch, a function of the unit alone."""
-    drawn = []
-    for unit in units:
-        positions = np.arange(step * examples, (step + 1) * examples)
-        epochs, places = positions // len(unit.train), positions % len(unit.train)
-        orders = {e: permutation(len(unit.train), seed, f"teacher {unit.name}", int(e)) for e in set(epochs.tolist())}
-        drawn.append([unit.train[orders[e][p]] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)])
-    return drawn
+class _Sums(NamedTuple):
+    """(T,) each: negative log-likelihood in nats, target tokens, exact targets, targets; 0 for absent teachers."""
+
+    nll: Tensor
+    tokens: Tensor
+    exact: Tensor
+    targets: Tensor
 
 
-def _losses(
-    bank: TeacherBank, examples: Sequence[Sequence[tuple[Task, Example]]], collator: Collator, seed: int
-) -> tuple[Tensor, Tensor]:
-    """(T,) mean loss in nats a token and (T,) share of exact targets, each teacher over its own examples."""
-    chunks = [
-        TaskChunk(task, 0, (example,), (reference_of(example, seed),)) for part in examples for task, example in part
-    ]
-    batch = collator(chunks).to(bank.b[0].device)
-    counts = torch.tensor([len(part) for part in examples])
-    index = torch.repeat_interleave(torch.arange(len(examples)), counts).to(bank.b[0].device)
+def _sums(bank: TeacherBank, rows: Sequence[tuple[int, Task, Example]], collator: Collator, seed: int) -> _Sums:
+    """Each teacher's sums over its own rows (teacher, task, example)."""
+    device = bank.b[0].device
+    chunks = [TaskChunk(task, 0, (example,), (reference_of(example, seed),)) for _, task, example in rows]
+    batch = collator(chunks).to(device)
+    index = torch.tensor([teacher for teacher, _, _ in rows], device=device)
     logits = bank(batch.input_ids, batch.attention_mask, batch.labels, index)
     nll = functional.cross_entropy(logits.float().mT, batch.labels, ignore_index=IGNORE, reduction="none").sum(1)
     real = batch.labels != IGNORE
-    exact = ((logits.argmax(-1) == batch.labels) | ~real).all(1).float()
-
-    def per_teacher(values: Tensor) -> Tensor:
-        return values.new_zeros(len(examples)).index_add(0, index, values)
-
-    return per_teacher(nll) / per_teacher(real.sum(1).to(nll.dtype)), per_teacher(exact) / counts.to(nll.device)
+    exact = ((logits.argmax(-1) == batch.labels) | ~real).all(1)
+    columns = (nll, real.sum(1), exact, torch.ones_like(exact))
+    return _Sums(*(nll.new_zeros(len(bank.b[0])).index_add(0, index, column.to(nll.dtype)) for column in columns))
 
 
 @torch.no_grad()
-def _evaluate(bank: TeacherBank, units: Sequence[Unit], collator: Collator, seed: int) -> list[tuple[float, float]]:
-    losses, exact = _losses(bank, [unit.validation for unit in units], collator, seed)
-    return list(zip(losses.tolist(), exact.tolist(), strict=True))
+def _evaluate(
+    bank: TeacherBank, units: Sequence[Unit], collator: Collator, batch: int, seed: int, active: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Validation loss in nats a token and share of exact targets of the active teachers, `batch` examples at once."""
+    rows = [(i, *pair) for i in active for pair in units[i].validation]
+    parts = [_sums(bank, rows[at : at + batch], collator, seed) for at in range(0, len(rows), batch)]
+    nll, tokens, exact, targets = (torch.stack(column).sum(0).tolist() for column in zip(*parts, strict=True))
+    return [(nll[i] / tokens[i], exact[i] / targets[i]) for i in active]
 
 
 def _clip_each(parameters: Sequence[nn.Parameter]) -> None:

@@ -1,0 +1,154 @@
+"""Teachers trained together: each as it would be alone, from the backbone's own loss, over its own examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from tagi_ds.config import TeacherConfig
+from tagi_ds.data.collate import Collator, TaskChunk
+from tagi_ds.data.examples import Task
+from tagi_ds.model.adapter import find_sites
+from tagi_ds.teachers import lora
+from tagi_ds.teachers.lora import TeacherResult, common_a, train_group
+from tagi_ds.teachers.units import Unit, draw, make_units
+from tests.teachers.conftest import make_tasks
+
+SEED, SCALING = 4, 2.0
+KINDS = ["q", "v"]
+
+
+def train(
+    backbone: PreTrainedModel, units: list[Unit], collator: Collator, config: TeacherConfig
+) -> list[TeacherResult]:
+    sites = find_sites(backbone, KINDS)
+    return train_group(backbone, sites, units, collator, common_a(sites, 2, SEED), SCALING, config, SEED)
+
+
+def assert_same(together: TeacherResult, alone: TeacherResult) -> None:
+    assert (together.unit, together.steps, together.taken) == (alone.unit, alone.steps, alone.taken)
+    for name in ("loss_before", "loss_after", "exact_before", "exact_after"):
+        assert getattr(together, name) == pytest.approx(getattr(alone, name), abs=1e-5)
+    for site, (a, b) in alone.factors.items():
+        assert torch.allclose(together.factors[site].a, a, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(together.factors[site].b, b, atol=1e-5, rtol=1e-5)
+
+
+def test_each_teacher_ends_as_it_would_alone(
+    tiny_backbone: PreTrainedModel, input_collator: Collator, toy_teachers: TeacherConfig
+) -> None:
+    tasks = make_tasks(3, 12)
+    # Unequal shares: nobody's mean may depend on the others' numbers.
+    tasks[1] = replace(tasks[1], examples=tasks[1].examples[:5])
+    units = make_units(tasks, toy_teachers, SEED)
+    for together, unit in zip(train(tiny_backbone, units, input_collator, toy_teachers), units, strict=True):
+        (alone,) = train(tiny_backbone, [unit], input_collator, toy_teachers)
+        assert_same(together, alone)
+
+
+def test_a_teacher_that_is_done_neither_goes_on_nor_holds_up_the_others(
+    tiny_backbone: PreTrainedModel,
+    input_collator: Collator,
+    toy_teachers: TeacherConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(toy_teachers, steps=10)
+    monkeypatch.setattr(lora, "PATIENCE", 1)
+    learner, stuck = make_units(make_tasks(2, 12), config, SEED)
+    # Its validation asks for what its training examples do not say, so that learning makes it worse.
+    other = make_tasks(4, 12)[3]
+    stuck = replace(stuck, train=[(other, example) for example in other.examples])
+    together = train(tiny_backbone, [learner, stuck], input_collator, config)
+    assert together[0].taken == 10 > together[1].taken
+    for result, unit in zip(together, [learner, stuck], strict=True):
+        assert_same(result, train(tiny_backbone, [unit], input_collator, config)[0])
+
+
+def test_a_teacher_starts_from_the_backbone_and_beats_it(
+    tiny_backbone: PreTrainedModel, input_collator: Collator, toy_teachers: TeacherConfig
+) -> None:
+    weights = {name: value.clone() for name, value in tiny_backbone.state_dict().items()}
+    (unit,) = make_units(make_tasks(1, 12), toy_teachers, SEED)
+    batch = input_collator([TaskChunk(task, 0, (example,), (0,)) for task, example in unit.validation])
+    with torch.no_grad():
+        logits = tiny_backbone(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+        ).logits
+    expected = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+    (result,) = train(tiny_backbone, [unit], input_collator, replace(toy_teachers, steps=40))
+    assert result.loss_before == pytest.approx(expected.item(), abs=1e-6)
+    assert result.loss_after < result.loss_before - 2.0
+    assert (result.exact_before, result.exact_after) == (0.0, 1.0)
+    assert 0 < result.steps <= result.taken == 40
+    assert result.flops > 0
+    for name, value in tiny_backbone.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+@pytest.mark.parametrize("train_a", [True, False])
+def test_a_is_trained_only_where_asked(
+    train_a: bool, tiny_backbone: PreTrainedModel, input_collator: Collator, toy_teachers: TeacherConfig
+) -> None:
+    units = make_units(make_tasks(2, 12), toy_teachers, SEED)
+    config = replace(toy_teachers, train_a=train_a, steps=4)
+    start = common_a(find_sites(tiny_backbone, KINDS), 2, SEED)
+    for result in train(tiny_backbone, units, input_collator, config):
+        assert result.steps > 0
+        assert any(pair.b.any() for pair in result.factors.values())
+        assert all(torch.equal(pair.a, start[site]) for site, pair in result.factors.items()) is not train_a
+
+
+def test_a_backbone_answers_to_teachers_of_one_kind(
+    tiny_backbone: PreTrainedModel, input_collator: Collator, toy_teachers: TeacherConfig
+) -> None:
+    units = make_units(make_tasks(1, 4), toy_teachers, SEED)
+    sites = find_sites(tiny_backbone, KINDS)
+    start, config = common_a(sites, 2, SEED), replace(toy_teachers, steps=1)
+    train_group(tiny_backbone, sites, units, input_collator, start, SCALING, config, SEED)
+    with pytest.raises(ValueError, match="another scaling"):
+        train_group(tiny_backbone, sites, units, input_collator, start, 2 * SCALING, config, SEED)
+
+
+def identities(unit: Unit) -> tuple[set[str], set[str]]:
+    return {example.id for _, example in unit.train}, {example.id for _, example in unit.validation}
+
+
+@pytest.mark.parametrize("kind, names", [("task", 6), ("category", 3)])
+def test_units_share_out_every_example_once(kind: str, names: int, toy_teachers: TeacherConfig) -> None:
+    tasks = make_tasks(6, 12)
+    units = make_units(tasks, replace(toy_teachers, unit=kind), SEED)
+    wanted = {task.name if kind == "task" else task.category for task in tasks}
+    assert {unit.name for unit in units} == wanted
+    assert len(units) == names
+    seen: set[str] = set()
+    for unit in units:
+        training, validation = identities(unit)
+        assert not training & validation
+        assert len(validation) == len(training | validation) // 4
+        assert {task.name if kind == "task" else task.category for task, _ in unit.train + unit.validation} == {
+            unit.name
+        }
+        seen |= training | validation
+    assert seen == {example.id for task in tasks for example in task.examples}
+    backwards = make_units(tasks[::-1], replace(toy_teachers, unit=kind), SEED)
+    assert [(unit.name, identities(unit)) for unit in backwards] == [(unit.name, identities(unit)) for unit in units]
+    assert [unit.name for unit in make_units(tasks, replace(toy_teachers, unit=kind), SEED + 1)] != [
+        unit.name for unit in units
+    ]
+
+
+def test_a_unit_of_one_example_is_validated_on_it(toy_teachers: TeacherConfig) -> None:
+    (unit,) = make_units(make_tasks(1, 1), toy_teachers, SEED)
+    assert identities(unit) == ({"task0-0"}, {"task0-0"})
+
+
+def test_every_example_is_drawn_once_an_epoch(toy_teachers: TeacherConfig) -> None:
+    task: Task = make_tasks(1, 10)[0]
+    unit = Unit("u", [(task, example) for example in task.examples], [])
+    drawn = [example.id for step in range(5) for _, example in draw(unit, 4, step, SEED)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(example.id for example in task.examples)
+    assert drawn[:10] != drawn[10:]

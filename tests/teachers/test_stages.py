@@ -1,0 +1,171 @@
+"""Both stages on a small data folder: what they write, killed and resumed, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tagi_ds.config import LossConfig, RunConfig
+from tagi_ds.data.collate import Collator
+from tagi_ds.data.mixture import TaskMixture
+from tagi_ds.data.sni import training_split
+from tagi_ds.data.tokenizer import load_tokenizer
+from tagi_ds.errors import UserError
+from tagi_ds.losses import kl_stored
+from tagi_ds.model.backbone import content_hash, load_backbone
+from tagi_ds.stages import train_teachers
+from tagi_ds.teachers.__main__ import main
+from tagi_ds.teachers.binding import data_binding
+from tagi_ds.teachers.distillation import Distillation
+from tagi_ds.teachers.logit_store import LogitStore
+from tagi_ds.teachers.parameter_store import ParameterStore
+from tests.distributed import run_ranks
+from tests.teachers.conftest import make_tasks, write_sni
+from tests.teachers.stage_process import make_config, run_stage
+
+SCRIPT = Path(__file__).with_name("stage_process.py")
+STAGES = ("train_teachers", "store_logits")
+KILLED = -9
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run_dir)): p.read_bytes() for p in sorted(run_dir.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def sni(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sni(tmp_path_factory.mktemp("sni") / "data", make_tasks())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, sni: Path, tiny_folder: Path) -> tuple[RunConfig, dict[str, dict]]:
+    """A study with both stages done in one unbroken process, and their summaries."""
+    config = make_config(tmp_path_factory.mktemp("study"), sni, tiny_folder)
+    return config, {name: run_stage(name, config) for name in STAGES}
+
+
+def test_the_stores_fit_a_run_of_the_same_study(done: tuple[RunConfig, dict[str, dict]], tiny_folder: Path) -> None:
+    config, _ = done
+    tokenizer = load_tokenizer(tiny_folder)
+    tasks, _ = training_split(config.data, config.seed)
+    data = data_binding(config.data, tasks, tokenizer)
+    logits = LogitStore(Path(config.study_dir) / "store_logits" / "store", {**data, "seed": config.seed})
+    folder = Path(config.study_dir) / "train_teachers" / "store"
+    parameters = ParameterStore(folder, {**data, "backbone": content_hash(tiny_folder), "unit": "task"})
+    distillation = Distillation(logits, parameters, LossConfig(kl=1.0, alignment="sigmoid"))
+    source = TaskMixture(tasks, Collator(tokenizer, config.data, "hypernetwork", "task"), config.seed, len(tasks))
+    examples = [example.id for task in tasks for example in task.examples]
+    distillation.require(examples, [task.name for task in tasks])
+    assert len(logits) == len(examples)
+    for _ in range(3):
+        (batch,) = source.next_step()
+        assert distillation.attach(batch).teacher["distributions"].present.all()
+    with pytest.raises(UserError, match="differing: unit"):
+        ParameterStore(folder, {**data, "unit": "category"})
+
+
+def test_the_stored_logits_are_the_teachers_own(done: tuple[RunConfig, dict[str, dict]], tiny_folder: Path) -> None:
+    config, _ = done
+    tokenizer, teacher = load_tokenizer(tiny_folder), load_backbone(tiny_folder).eval()
+    tasks, _ = training_split(config.data, config.seed)
+    store = LogitStore(Path(config.study_dir) / "store_logits" / "store")
+    (batch,) = TaskMixture(tasks, Collator(tokenizer, config.data, "concatenated"), config.seed, 4).next_step()
+    stored = store.read(batch.example_ids, batch.labels)
+    with torch.no_grad():
+        logits = teacher(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+        ).logits
+    best = logits.log_softmax(-1).max(-1)
+    real = batch.labels != -100
+    assert torch.equal(stored.ids[..., 0][real], best.indices[real])
+    assert torch.allclose(stored.log_probs[..., 0][real], best.values[real], atol=4e-3)
+    assert abs(float(kl_stored(logits, stored, batch.labels))) < 1e-3 * int(real.sum())
+
+
+def test_the_summary_is_that_of_the_table(done: tuple[RunConfig, dict[str, dict]]) -> None:
+    config, summaries = done
+    summary = summaries["train_teachers"]
+    table = json.loads((Path(config.study_dir) / "train_teachers" / "teachers.json").read_text())
+    assert summary["teachers"] == len(table) == config.teachers.max_units
+    assert summary["steps"] == sum(row["taken"] for row in table.values())
+    assert summary["examples"] == config.teachers.examples * summary["steps"]
+    assert summary["better"] == sum(train_teachers.is_aligned(row, config.teachers) for row in table.values()) > 0
+    assert summary["loss_after"] < summary["loss_before"]
+    assert summary["flops"] > 0 < summaries["store_logits"]["flops"]
+    assert summaries["store_logits"]["examples"] == 5 * 12
+
+
+@pytest.mark.parametrize(
+    "gain, exact, steps, aligned",
+    [(0.5, 0.0, 4, True), (0.5, -0.1, 4, False), (0.1, 0.0, 4, False), (0.5, 0.0, 0, False)],
+)
+def test_only_teachers_that_are_better_are_imitated(gain: float, exact: float, steps: int, aligned: bool) -> None:
+    config = make_config(Path("."), Path("."), Path(".")).teachers
+    config.min_gain = 0.2
+    figures = {"loss_before": 2.0, "loss_after": 2.0 - gain, "exact_before": 0.5, "exact_after": 0.5 + exact}
+    assert train_teachers.is_aligned({**figures, "steps": steps}, config) is aligned
+
+
+@pytest.mark.parametrize("stage, replacement", [("train_teachers", 5), ("store_logits", 3)])
+def test_killed_while_writing_and_run_again_it_ends_with_the_same_bytes(
+    stage: str, replacement: int, done: tuple[RunConfig, dict[str, dict]], sni: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments = [stage, str(tmp_path), str(sni), str(tiny_folder)]
+    killed = run_ranks(SCRIPT, 1, [*arguments, str(replacement)], check=False)
+    assert killed.statuses == [KILLED]
+    store = tmp_path / stage / "store"
+    assert list(store.glob(".*.part"))
+    assert not (store / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("[!.]*-*")}
+    config = make_config(tmp_path, sni, tiny_folder)
+    run_stage(stage, config)
+    assert contents(tmp_path / stage) == contents(Path(done[0].study_dir) / stage)
+    untouched = [path for path, written in kept.items() if path.stat().st_mtime_ns == written]
+    assert untouched, "what was whole is computed once"
+
+
+def test_two_ranks_write_the_bytes_of_one(
+    done: tuple[RunConfig, dict[str, dict]], sni: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run_ranks(SCRIPT, 2, [",".join(STAGES), str(tmp_path), str(sni), str(tiny_folder)])
+    for stage in STAGES:
+        assert contents(tmp_path / stage) == contents(Path(done[0].study_dir) / stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_settings_and_damaged_files_are_computed_again(
+    stage: str, sni: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, sni, tiny_folder)
+    config.teachers.max_units = config.teachers.batched
+    run_stage(stage, config)
+    before = contents(tmp_path / stage)
+    path = max((tmp_path / stage / "store").glob("*-*"))
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) * 3 // 4] ^= 1
+    path.write_bytes(damaged)
+    run_stage(stage, config)
+    assert contents(tmp_path / stage) == before
+    config.teachers.learning_rate, config.teachers.temperature = 1e-3, 2.0
+    run_stage(stage, config)
+    after = contents(tmp_path / stage)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert {f"store/{path.name}", "store/manifest.json"} <= changed
+    assert main(["verify", str(tmp_path / stage / "store")]) == 0
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(
+    sni: Path, tiny_folder: Path, tied_folder: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, sni, tiny_folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    content = json.loads((tied_folder / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**content, "vocab_size": 400}))
+    config.teachers.logit_teacher = str(other)
+    with pytest.raises(UserError, match="predicts 400 tokens, the backbone 330"):
+        run_stage("store_logits", config)

@@ -1,0 +1,242 @@
+"""Both stores by themselves: round trips, what is absent, what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tagi_ds.config import LossConfig
+from tagi_ds.data.examples import Batch
+from tagi_ds.errors import UserError
+from tagi_ds.losses import kl_full, kl_stored
+from tagi_ds.teachers import logit_store, parameter_store
+from tagi_ds.teachers.distillation import Distillation
+from tagi_ds.teachers.logit_store import LogitStore
+from tagi_ds.teachers.parameter_store import ParameterStore
+from tests.distributed import ROOT
+from tests.teachers.conftest import BINDING, SCALING, SITES, logit_rows, random_factors
+
+MANY_TOKENS = 2.0**-8
+"""float16 keeps log-probabilities between -16 and -8 to 2^-8 and nearer ones better."""
+
+
+def labels_of(rows: list[dict]) -> torch.Tensor:
+    out = torch.full((len(rows), 8), -100)
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row["labels"])] = torch.from_numpy(row["labels"].astype(np.int64))
+    return out
+
+
+def test_parameters_come_back_with_zeros_for_what_is_not_aligned(parameter_folder: Path) -> None:
+    store = ParameterStore(parameter_folder, BINDING)
+    factors, present = store.read(["two", "weak", "one", "two", "unknown"])
+    assert present.tolist() == [True, False, True, True, False]
+    for row, seed in ((0, 2), (1, None), (2, 1), (3, 2), (4, None)):
+        for site, (a, b) in random_factors(seed or 0).items():
+            assert torch.equal(factors[site].a[row], a if seed else torch.zeros_like(a))
+            assert torch.equal(factors[site].b[row], b if seed else torch.zeros_like(b))
+    nothing, present = store.read(["weak", "unknown"])
+    assert nothing == {}
+    assert present.tolist() == [False, False]
+
+
+def test_the_common_a_and_the_mean_square(parameter_folder: Path) -> None:
+    store = ParameterStore(parameter_folder)
+    for site, a in store.common_a().items():
+        assert torch.equal(a, random_factors(0)[site].a)
+    for site in SITES:
+        teachers = [random_factors(seed)[site] for seed in (1, 2)]
+        updates = [SCALING * b.double() @ a.double() for a, b in teachers]
+        expected = sum(float(update.square().sum()) for update in updates) / 2
+        assert store.mean_square[site] == pytest.approx(expected, rel=1e-12)
+
+
+def test_units_are_read_when_asked_for_and_only_then(parameter_folder: Path) -> None:
+    path = parameter_folder / parameter_store.unit_file("two")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    store = ParameterStore(parameter_folder)
+    assert store.read(["one"])[1].all()
+    with pytest.raises(UserError, match=path.name):
+        store.read(["two"])
+
+
+def test_names_of_units_do_not_collide() -> None:
+    names = ["a b", "a-b", "a_b", "ä-b", "x" * 80, "x" * 81, "../up"]
+    files = [parameter_store.unit_file(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert all(Path(file).name == file and file.isascii() for file in files)
+
+
+@pytest.mark.parametrize("field, value", [("backbone", "c" * 64), ("tokenizer", "u" * 64), ("dataset", "e" * 64)])
+def test_a_store_of_something_else_is_refused_by_the_fields_name(
+    field: str, value: str, parameter_folder: Path, logit_folder: Path
+) -> None:
+    with pytest.raises(UserError, match=f"differing: {field} ") as refusal:
+        ParameterStore(parameter_folder, {**BINDING, field: value})
+    assert str(parameter_folder) in str(refusal.value)
+    assert "mend" in str(refusal.value)
+    if field != "backbone":
+        with pytest.raises(UserError, match=f"differing: {field} "):
+            LogitStore(logit_folder, {"temperature": 1.0, field: value})
+
+
+def test_every_differing_field_is_named(parameter_folder: Path) -> None:
+    wanted = {**BINDING, "sites": ["encoder.q"], "unit": "category"}
+    with pytest.raises(UserError, match=r"differing: sites .*, unit \(store: task, run: category\)"):
+        ParameterStore(parameter_folder, wanted)
+
+
+def test_a_manifest_that_is_missing_foreign_or_altered_is_refused(parameter_folder: Path, logit_folder: Path) -> None:
+    with pytest.raises(UserError, match="not of the kind"):
+        ParameterStore(logit_folder)
+    with pytest.raises(UserError, match="not of the kind"):
+        LogitStore(parameter_folder)
+    manifest = parameter_folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "scaling": 1.0}))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        ParameterStore(parameter_folder)
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"not a finished store: manifest\.json is missing"):
+        ParameterStore(parameter_folder)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", MANY_TOKENS), ("float32", 1e-6)])
+def test_with_the_whole_vocabulary_nothing_but_rounding_is_lost(
+    dtype: logit_store.StoreDtype, tolerance: float, tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits, labels = torch.randn(2, 4, 40, generator=generator), torch.tensor([[3, 4, 5, 1], [6, 1, -100, -100]])
+    path = tmp_path / "shard.arrow"
+    ids, log_probs, tail = logit_store.top_k(logits, 99, 1.0)
+    assert ids.shape[-1] == 40
+    logit_store.write_shard(path, list(logit_store.rows_of(["x", "y"], labels, ids, log_probs, tail, dtype)), "", dtype)
+    logit_store.finish(tmp_path, [path], {"binding": {}, "k": 40, "temperature": 1.0})
+    stored = LogitStore(tmp_path).read(["x", "y"], labels)
+    full = logits.log_softmax(-1).gather(-1, stored.ids.clamp(min=0))
+    real = labels != -100
+    assert torch.allclose(stored.log_probs[real], full[real], atol=tolerance, rtol=0)
+    assert not stored.tail.any()
+    assert (stored.ids[~real] == -1).all()
+    student = torch.randn(2, 4, 40, generator=generator)
+    exact = kl_full(student, logits, labels)
+    assert kl_stored(student, stored, labels).item() == pytest.approx(exact.item(), rel=10 * tolerance)
+
+
+def test_the_tail_is_the_mass_that_is_not_listed() -> None:
+    logits = torch.randn(3, 5, 100, generator=torch.Generator().manual_seed(2)).double() * 4
+    ids, log_probs, tail = logit_store.top_k(logits, 7, 2.0)
+    probabilities = (logits / 2.0).softmax(-1)
+    listed = probabilities.gather(-1, ids)
+    assert torch.allclose(log_probs.exp().double(), listed, atol=1e-6)
+    assert torch.allclose(tail.double(), 1 - listed.sum(-1), atol=1e-6)
+    assert (listed.min(-1).values >= probabilities.scatter(-1, ids, 0.0).max(-1).values).all()
+
+
+def test_a_token_takes_at_most_a_hundred_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "shard.arrow"
+    rows = [{**row, "example_id": f"task1234-{number:032x}"} for number, row in enumerate(logit_rows(0, 512))]
+    logit_store.write_shard(path, rows)
+    manifest = logit_store.finish(tmp_path, [path], {"binding": {}, "k": 12, "temperature": 1.0})
+    assert manifest["tokens"] == sum(len(row["labels"]) for row in rows)
+    assert 80 <= manifest["bytes_per_token"] <= 100
+
+
+def test_logits_are_read_across_shards_in_any_order(logit_folder: Path) -> None:
+    rows = {row["example_id"]: row for row in logit_rows(0, 4) + logit_rows(4, 4)}
+    store = LogitStore(logit_folder)
+    assert len(store) == 8
+    assert "ex5" in store
+    names = ["ex6", "ex0", "elsewhere", "ex5"]
+    labels = labels_of([rows.get(name, rows["ex1"]) for name in names])
+    stored = store.read(names, labels)
+    assert stored.present.tolist() == [True, True, False, True]
+    for place, name in enumerate(names):
+        if name in rows:
+            length = len(rows[name]["labels"])
+            assert np.array_equal(stored.ids[place, :length].flatten().numpy(), rows[name]["ids"])
+            assert np.array_equal(stored.log_probs[place, :length].flatten().half().numpy(), rows[name]["log_probs"])
+            assert np.array_equal(stored.tail[place, :length].numpy(), rows[name]["tail"])
+            assert (stored.ids[place, length:] == -1).all()
+
+
+@pytest.mark.parametrize("change", ["token", "longer", "shorter"])
+def test_another_target_is_refused(change: str, logit_folder: Path) -> None:
+    labels = labels_of(logit_rows(0, 1))
+    if change == "token":
+        labels[0, 2] += 1
+    elif change == "longer":
+        labels[0, 6] = 5
+    else:
+        labels = labels[:, :5]
+    with pytest.raises(UserError, match="another target for example ex0"):
+        LogitStore(logit_folder).read(["ex0"], labels)
+
+
+def batch_of(names: list[str], units: list[str]) -> Batch:
+    labels = labels_of([row for row in logit_rows(0, 4) if row["example_id"] in names] or logit_rows(0, 1))
+    zeros = torch.zeros(len(labels), 8, dtype=torch.int64)
+    return Batch(zeros, zeros, labels, example_ids=names, units=units)
+
+
+def test_what_the_stores_lack_is_an_error_or_learnt_from_labels(parameter_folder: Path, logit_folder: Path) -> None:
+    stores = LogitStore(logit_folder), ParameterStore(parameter_folder)
+    strict = Distillation(*stores, LossConfig(missing="error"))
+    lenient = Distillation(*stores, LossConfig(missing="label_only"))
+    whole = strict.attach(batch_of(["ex0", "ex1"], ["one", "weak", "never"]))
+    assert whole.teacher["distributions"].present.all()
+    assert whole.teacher["adapters"][1].tolist() == [True, False, False]
+    for names, units, lacking in ((["other"], ["one"], "example 'other'"), (["ex0"], ["new"], "teacher unit 'new'")):
+        with pytest.raises(UserError, match=f"lacks the {lacking}"):
+            strict.attach(batch_of(names, units))
+        with pytest.raises(UserError, match=f"lacks the {lacking}"):
+            strict.require(names, units)
+        lenient.require(names, units)
+    attached = lenient.attach(batch_of(["other"], ["new"])).teacher
+    assert not attached["distributions"].present.any()
+    assert attached["adapters"][0] == {}
+
+
+def test_a_batch_keeps_its_teachers_names_on_another_device(parameter_folder: Path, logit_folder: Path) -> None:
+    distillation = Distillation(LogitStore(logit_folder), ParameterStore(parameter_folder), LossConfig())
+    moved = distillation.attach(batch_of(["ex0"], ["one"])).to(torch.device("meta"))
+    assert moved.teacher["distributions"].log_probs.is_meta
+    factors, present = moved.teacher["adapters"]
+    assert factors["encoder.q"].b.is_meta
+    assert present.is_meta
+
+
+_KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from tagi_ds.teachers.logit_store import write_shard
+from tests.teachers.conftest import logit_rows
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+write_shard(Path(sys.argv[1]), logit_rows(0, 4), "s")
+"""
+
+
+def test_a_shard_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.arrow"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", _KILLED_WRITER, str(path)], cwd=ROOT, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert not path.exists()
+    assert not logit_store.is_whole(path, "s")
+    logit_store.write_shard(path, logit_rows(0, 4), "s")
+    assert logit_store.is_whole(path, "s")
+    assert not logit_store.is_whole(path, "other settings")
+    content = path.read_bytes()
+    logit_store.write_shard(path, logit_rows(0, 4), "s")
+    assert path.read_bytes() == content
+    path.write_bytes(content[:-40])
+    assert not logit_store.is_whole(path, "s")
