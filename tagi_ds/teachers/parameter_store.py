@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tagi_ds.errors import UserError
@@ -37,7 +37,7 @@ def unit_file(unit: str) -> str:
 def write_common(folder: Path, start: Mapping[str, Tensor]) -> None:
     """Writes the A (r, d_in) by site from which every teacher of the store starts."""
     with whole_file(folder / COMMON) as aside:
-        save_file({f"{site}.a": a.contiguous() for site, a in start.items()}, aside)
+        aside.write_bytes(save({f"{site}.a": a.contiguous() for site, a in start.items()}))
 
 
 def write_unit(folder: Path, unit: str, factors: Mapping[str, LowRank], figures: Mapping[str, Any]) -> Path:
@@ -56,7 +56,8 @@ def write_unit(folder: Path, unit: str, factors: Mapping[str, LowRank], figures:
     header = {_HEADER: json.dumps({"unit": unit, "content": _content(tensors), **figures}, sort_keys=True)}
     path = folder / unit_file(unit)
     with whole_file(path) as aside:
-        save_file(tensors, aside, header)
+        # safetensors' own files would be readable by their writer alone, whatever the umask.
+        aside.write_bytes(save(tensors, header))
     return path
 
 
