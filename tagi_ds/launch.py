@@ -88,7 +88,8 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
     ranks = start(config.engine.timeout_s)
     run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank)
     stage = Stage(name, config, ranks, run_dir)
-    if run_folder.is_done(run_dir):
+    # One folder takes any number of conversions, so an earlier one is no reason to stop.
+    if run_folder.is_done(run_dir) and name != "convert":
         stage.say(f"{name}: done before, in {run_dir}; delete that folder to do it again")
     else:
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import platform
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tagi_ds.config import RunConfig
+from tagi_ds.config import ConvertConfig, RunConfig
 from tagi_ds.errors import UserError
 from tagi_ds.files import ensure_writable, read_json, write_json, write_text
 from tagi_ds.recipe import SECTIONS, to_dict
@@ -33,6 +34,8 @@ _FREE = frozenset(
         "engine.checkpoint_every",
         "engine.keep_checkpoints",
         "engine.timeout_s",
+        # One folder takes any number of conversions.
+        *(f"convert.{field.name}" for field in dataclasses.fields(ConvertConfig)),
     }
 )
 """Fields that may change when a run goes on: they leave its steps as they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,18 +27,10 @@ def _one_thread() -> None:
 
 
 def _write_backbone(folder: Path, own_head: bool) -> Path:
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        tie_word_embeddings=not own_head,
-    )
+    shape: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    kind: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    kind["tie_word_embeddings"] = not own_head
+    config = T5Config(vocab_size=VOCABULARY, **shape, **kind)
     torch.manual_seed(11)
     model = backbone_class("t5", own_head)(config)
     if own_head:
@@ -86,7 +79,7 @@ def tiny_backbone(tiny_folder: Path) -> PreTrainedModel:
 def make_tagi(tiny_folder: Path) -> MakeTagi:
     """make_tagi(folder=..., stirred=..., **settings of TagiConfig); `stirred` gives every zero part weight."""
 
-    def make(folder: Path = tiny_folder, stirred: bool = True, **settings: object) -> TagiForConditionalGeneration:
+    def make(folder: Path = tiny_folder, stirred: bool = True, **settings: Any) -> TagiForConditionalGeneration:
         settings = {"rank": 4, "alpha": 8.0, "bottleneck": 16, **settings}
         config = TagiConfig(backbone_hash=content_hash(folder), backbone_name=str(folder), **settings)
         torch.manual_seed(5)
@@ -122,9 +115,9 @@ def tiny_batch() -> Batch:
 
 
 def padded(lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids and their mask, padded right with 0; the last real id is the end token."""
+    """Random ids that the tokenizer knows and their mask, padded right with 0; the last real id is the end token."""
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-    ids = torch.randint(3, VOCABULARY, mask.shape, generator=generator) * mask
+    ids = torch.randint(3, 280, mask.shape, generator=generator) * mask
     ids[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = 1
     return ids, mask
 

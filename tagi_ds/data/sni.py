@@ -48,6 +48,23 @@ def read_tasks(folder: str | Path, split_file: str, config: DataConfig, seed: in
     return tasks
 
 
+def read_task(path: Path, config: DataConfig, seed: int) -> Task:
+    """The one task of a file in SNI's format, named after the file; of any language.
+
+    Args:
+        path: the JSON file.
+        config: gives `max_instances`.
+        seed: chooses the instances of a task that has more than `max_instances`.
+
+    Raises:
+        UserError: the file is missing or malformed.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no task: its top level is not an object", _MEND)
+    return _task(path.stem, path, content, config.max_instances, seed, set())
+
+
 def training_split(config: DataConfig, seed: int) -> tuple[list[Task], list[Task]]:
     """The training and the validation tasks.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tagi_ds.errors import UserError
 from tagi_ds.model.adapter import LowRank, Site
 from tagi_ds.model.fusion import Fusion
 
@@ -128,6 +129,25 @@ class Hypernetwork(nn.Module):
         for module in self.modules():
             if module is not self and isinstance(module, SiteGroup | Fusion):
                 module.reset_parameters()
+
+    @torch.no_grad()
+    def set_shared_a(self, a: Mapping[str, Tensor]) -> None:
+        """Takes over the A (r, d_in) of every site, e.g. the one from which all teachers started.
+
+        Raises:
+            UserError: a site is missing or of another shape.
+        """
+        for group in self.modules():
+            if not isinstance(group, SiteGroup):
+                continue
+            for row, name in zip(group.a_base, group.names, strict=True):
+                if name not in a or a[name].shape != row.shape:
+                    found = tuple(a[name].shape) if name in a else "none"
+                    raise UserError(
+                        f"the shared A of {name} is to have the shape {tuple(row.shape)}; the teachers' is {found}",
+                        "train the teachers with this model's rank and sites",
+                    )
+                row.copy_(a[name])
 
     def forward(self, instruction: Tensor, mask: Tensor) -> tuple[dict[str, LowRank], dict[str, tuple[Tensor, Tensor]]]:
         """Encoded instructions (U, S, d) and their mask (U, S) -> adapters by site, fusion memory by block."""

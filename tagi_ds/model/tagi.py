@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 from tagi_ds.model.adapter import STATE_KEYWORD, LowRank, TaskState, find_sites, install
 from tagi_ds.model.backbone import backbone_class, parameters_to_train
@@ -362,5 +362,8 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         return compile_task(self, instruction, tokenizer)
 
+
+# Lets AutoTokenizer and AutoConfig read a saved folder without guessing at its type.
+AutoConfig.register(TagiConfig.model_type, TagiConfig, exist_ok=True)
 
 __all__ = ["LowRank", "TagiConfig", "TagiForConditionalGeneration", "TagiOutput"]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tagi_ds.build import trainable_share
+from tagi_ds.build import study_backbone, trainable_share
+from tagi_ds.config import RunConfig
 from tagi_ds.data.collate import Collator
 from tagi_ds.data.examples import Batch, Task
 from tagi_ds.data.mixture import TaskMixture, evaluation_batches
@@ -17,7 +18,9 @@ from tagi_ds.engine.monitor import Monitor
 from tagi_ds.engine.objective import Objective
 from tagi_ds.engine.strategy import Strategy
 from tagi_ds.engine.trainer import BatchSource, Trainer
+from tagi_ds.errors import UserError
 from tagi_ds.launch import Stage
+from tagi_ds.model.backbone import content_hash
 
 VALIDATION_EXAMPLES = 64
 """Examples in a validation batch."""
@@ -88,7 +91,10 @@ def train(
     evaluate = None
     if validation_batches and validation_objective is not None:
         evaluate = validation(stage, strategy, validation_objective, validation_batches)
-    fitted = Trainer(strategy, objective, source, config.engine, stage.run_dir, monitor, evaluate).fit()
+    record = BackboneRecord(config, stage.name)
+    fitted = Trainer(
+        strategy, objective, source, config.engine, stage.run_dir, monitor, evaluate, extra_state=record
+    ).fit()
     return {
         "steps": fitted["step"],
         "training_seconds": round(fitted["seconds"], 1),
@@ -96,6 +102,37 @@ def train(
         "best": fitted["best"],
         "parameters": parts,
     }
+
+
+class BackboneRecord:
+    """The content hash of a run's backbone, carried by its checkpoints; a run does not go on with another one.
+
+    Args:
+        config: of the run.
+        stage: its name; a run that starts from random weights has no backbone.
+    """
+
+    def __init__(self, config: RunConfig, stage: str) -> None:
+        self.folder, self.hash = None, None
+        if stage != "backbone" and config.model.initial != "scratch":
+            self.folder = study_backbone(config)
+            self.hash = content_hash(self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"backbone_hash": self.hash}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compares with a checkpoint's record.
+
+        Raises:
+            UserError: the backbone's weights have changed since.
+        """
+        if state.get("backbone_hash", self.hash) != self.hash:
+            raise UserError(
+                f"the backbone in {self.folder} is not the one that this run began with: its weights differ",
+                "put the run's own backbone back into that folder, or choose another --output_dir",
+            )
 
 
 def held_out_batches(stage: Stage, tasks: Sequence[Task], collator: Collator) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def with_peft(backbone: PreTrainedModel, adapters: dict[str, LowRank], task: int
     """The backbone with real peft layers that hold one task's factors."""
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(adapters), lora_dropout=0.0)  # type: ignore[arg-type]
     adapted = get_peft_model(backbone, config)
-    modules = dict(adapted.base_model.model.named_modules())
+    modules: dict[str, Any] = dict(adapted.get_base_model().named_modules())
     with torch.no_grad():
         for name, (a, b) in adapters.items():
             modules[name].lora_A["default"].weight.copy_(a[task])
@@ -38,6 +39,7 @@ def with_peft(backbone: PreTrainedModel, adapters: dict[str, LowRank], task: int
     return adapted.eval()
 
 
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 @pytest.mark.parametrize("kind", ["q", "k", "v", "o", "wi", "wo"])
 def test_an_adapted_linear_is_pefts_and_the_merged_one(kind: str, tiny_folder: Path, tiny_batch: Batch) -> None:
     """The whole backbone with one kind of site adapted, two tasks in a batch, each against its own peft model."""

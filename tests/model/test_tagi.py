@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from tagi_ds.data.examples import Batch
+from tagi_ds.errors import UserError
 from tagi_ds.losses import label_loss
 from tagi_ds.model import TagiForConditionalGeneration
 from tagi_ds.model.backbone import load_backbone, parameters_to_train
@@ -180,3 +181,16 @@ def test_a_variant_trains_norms_too(make_tagi: MakeTagi) -> None:
     trained = {n for n, p in make_tagi(also_train="norms").named_parameters() if p.requires_grad}
     assert any("layer_norm" in name for name in trained)
     assert not any(name.startswith("backbone") and "layer_norm" not in name for name in trained)
+
+
+def test_a_shared_a_is_the_teachers_and_stays(make_tagi: MakeTagi, tiny_batch: Batch) -> None:
+    model = make_tagi(a="shared")
+    common = {site.name: torch.randn(4, site.d_in) for site in model.site_table}
+    model.hypernetwork.set_shared_a(common)
+    state = model.compile_instructions(tiny_batch.instruction_ids, tiny_batch.instruction_attention_mask)
+    for site, (a, b) in state.adapters.items():
+        assert torch.equal(a, common[site].expand(3, -1, -1))
+        assert not torch.equal(b[0], b[1])
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("a_base"))
+    with pytest.raises(UserError, match="train the teachers with this model's rank"):
+        model.hypernetwork.set_shared_a({name: a[:2] for name, a in common.items()})
