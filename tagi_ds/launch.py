@@ -13,6 +13,7 @@ from typing import Any
 
 from tagi_ds import recipe, run_folder, study
 from tagi_ds.config import RunConfig
+from tagi_ds.engine.distributed import barrier, quieten_libraries, start, stop
 from tagi_ds.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
@@ -61,6 +62,7 @@ def run_stage(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
     Without ``--config`` the embedded default is used, and the stages that it builds on are run first where they are
     missing. A stage that is done says so and returns at once.
     """
+    quieten_libraries()
     try:
         _run(name, work)
     except UserError as error:
@@ -83,8 +85,6 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
     study.prepare_data(config, main)
     if parsed.is_default:
         study.run_missing_predecessors(name, config, parsed.scale, main)
-    from tagi_ds.engine.distributed import barrier, start, stop
-
     ranks = start(config.engine.timeout_s)
     run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank)
     stage = Stage(name, config, ranks, run_dir)

@@ -28,6 +28,9 @@ from tagi_ds.strict_yaml import read_yaml
 SECTIONS = tuple(f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory))
 """Names of RunConfig's sections."""
 
+PROJECT = Path(__file__).resolve().parents[1]
+"""The checkout that holds launchers/ and ds_configs/."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
@@ -115,6 +118,9 @@ def resolve(config: RunConfig, stage: str) -> RunConfig:
     )
     if not config.scale > 0:  # refuses NaN too
         raise UserError(f"scale is {config.scale}", "give a number above 0; 1 runs the recipe's own steps")
+    own = PROJECT / str(config.engine.deepspeed)
+    if not Path(str(config.engine.deepspeed)).is_file() and own.is_file():
+        resolved.engine.deepspeed = str(own)  # a recipe names ds_configs/ wherever it is launched from
     for section, name in (
         (resolved.engine, "steps"),
         (resolved.engine, "checkpoint_every"),

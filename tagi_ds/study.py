@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tagi_ds import run_folder
 from tagi_ds.config import RunConfig
+from tagi_ds.engine.distributed import quieten_libraries
 from tagi_ds.errors import UserError
 
 PREDECESSORS: dict[str, tuple[str, ...]] = {
@@ -80,6 +81,7 @@ def launch(stage: str, arguments: list[str], processes: int = 2) -> None:
         UserError: it failed; what it printed says why.
         KeyboardInterrupt: it was interrupted, after a checkpoint.
     """
+    quieten_libraries()
     deepspeed = Path(sys.executable).with_name("deepspeed")
     command = [sys.executable, str(deepspeed), "--num_accelerators", str(processes), "--master_port", str(_free_port())]
     command += ["--log_level", "error", str(LAUNCHERS / f"{stage}.py"), *arguments]
@@ -88,7 +90,6 @@ def launch(stage: str, arguments: list[str], processes: int = 2) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in (*inherited, "CROSS_RANK")}
     # The launcher shares the machine's cores among its ranks only where it is told how.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    environment.setdefault("DS_ACCELERATOR", "cpu" if not _has_gpu() else "cuda")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     try:
         status = subprocess.run(command, env=environment).returncode
@@ -102,12 +103,6 @@ def launch(stage: str, arguments: list[str], processes: int = 2) -> None:
         raise UserError(
             f"the stage {stage} failed with status {status}", "mend what it says above; the same command then goes on"
         )
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _free_port() -> int:

@@ -59,7 +59,7 @@ def start(timeout_s: int) -> Ranks:
     global _ranks
     if _ranks is not None:
         return _ranks
-    _quieten_libraries()
+    quieten_libraries()
     _complete_environment()
     try:
         rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -183,8 +183,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Sets the libraries' own switches, read when they are imported; a user's setting wins."""
+    if not torch.cuda.is_available():
+        # DeepSpeed would look for every accelerator it knows, and report that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -126,7 +126,7 @@ class Trainer:
     def _counted_step(self, batches: list[Any]) -> StepReport:
         meter, before = FlopMeter(), self.state.step
         with meter.counting():
-            report = train_step(self.strategy, self.objective, batches, before, self._stop_asked)
+            report = train_step(self.strategy, self.objective, batches, before, lambda: self._stop_asked)
         flops = all_reduce_sums({"flops": float(meter.flops)})["flops"]
         self.state.flops_per_step = (self.state.flops_per_step * before + flops) / (before + 1)
         self.monitor.flops_per_step = self.state.flops_per_step

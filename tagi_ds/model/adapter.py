@@ -60,7 +60,7 @@ class TaskState:
         fusion: encoder block name -> (keys, values), each (U, heads, S, head width); empty without fusion.
         memory: (U, S, d) encoded instructions I.
         mask: (U, S) int64, 1 on real instruction tokens.
-        index: (N,) int64, which instruction each example of the batch has; None stands for all zeros.
+        index: (N,) int64, which instruction each example of the batch has; None: the only one, or each its own.
     """
 
     adapters: dict[str, LowRank]
@@ -76,7 +76,8 @@ class TaskState:
     def select(self, tensor: Tensor, batch: int) -> Tensor:
         """Rows (N, ...) of a per-task tensor (U, ...) for the `batch` = N examples."""
         if self.index is None:
-            return tensor.expand(batch, *tensor.shape[1:])
+            # Nothing to select where every example has its own instruction; a gather would cost its backward too.
+            return tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
         return tensor.index_select(0, self.index)
 
 

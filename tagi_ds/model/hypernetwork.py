@@ -75,8 +75,12 @@ class SiteGroup(nn.Module):
         scores = scores.masked_fill(~mask[:, None].bool(), torch.finfo(scores.dtype).min)
         return torch.einsum("uns,usd->und", scores.softmax(-1), instruction)
 
-    def forward(self, instruction: Tensor, mask: Tensor) -> dict[str, LowRank]:
-        """Encoded instructions (U, S, d) and their mask (U, S) -> site name -> LowRank."""
+    def forward(self, instruction: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded instructions (U, S, d) and their mask (U, S) -> A (U, n, r, d_in) and B (U, n, d_out, r).
+
+        Tensors, not a dictionary: ZeRO-3 gathers a module's own parameters again for the backward pass only where
+        its outputs are tensors.
+        """
         tasks = instruction.shape[0]
         hidden = self.down(self.norm(self.pool(instruction, mask)) + self.site)  # (U, n, m)
         if self.rank_slot is not None:
@@ -87,7 +91,7 @@ class SiteGroup(nn.Module):
         a = self.a_base.expand(tasks, -1, -1, -1)
         if self.a_head is not None:
             a = a + self.a_head(hidden).view(shape)
-        return {name: LowRank(a[:, i], b[:, i]) for i, name in enumerate(self.names)}
+        return a, b
 
 
 class BlockGenerator(nn.Module):
@@ -101,7 +105,12 @@ class BlockGenerator(nn.Module):
 
     def forward(self, instruction: Tensor, mask: Tensor) -> dict[str, LowRank]:
         """Encoded instructions (U, S, d) and their mask (U, S) -> site name -> LowRank."""
-        return {name: factors for group in self.groups for name, factors in group(instruction, mask).items()}
+        adapters = {}
+        for group in self.groups:
+            a, b = group(instruction, mask)
+            names: list[str] = group.names  # type: ignore[assignment]
+            adapters.update({name: LowRank(a[:, i], b[:, i]) for i, name in enumerate(names)})
+        return adapters
 
 
 class Hypernetwork(nn.Module):

@@ -20,10 +20,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers.models.mt5.modeling_mt5 import MT5Block
+from transformers.models.t5.modeling_t5 import T5Block
 
 from tagi_ds.model.adapter import STATE_KEYWORD, LowRank, TaskState, find_sites, install
 from tagi_ds.model.backbone import backbone_class, parameters_to_train
-from tagi_ds.model.fusion import Fusion
+from tagi_ds.model.fusion import Fusion, FusionLayer, FusionMemory
 from tagi_ds.model.hypernetwork import Hypernetwork, SiteGroup
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["T5Block", "MT5Block"]  # noqa: RUF012
+    _no_split_modules = [T5Block.__name__, MT5Block.__name__]  # noqa: RUF012
     backbone: Any  # one of backbone.ARCHITECTURES
 
     def __init__(self, config: TagiConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -178,6 +180,12 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return result
 
     @property
+    def z3_leaf_classes(self) -> list[type[nn.Module]]:
+        """Modules whose parameters ZeRO-3 gathers together rather than linear by linear."""
+        wanted = (SiteGroup, FusionMemory, FusionLayer, T5Block, MT5Block)
+        return [kind for kind in wanted if any(type(module) is kind for module in self.modules())]
+
+    @property
     def pad_token_id(self) -> int:
         """T5's padding id, 0 unless the backbone says otherwise."""
         return self.config.pad_token_id or 0
@@ -217,7 +225,10 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoded = self.backbone.encoder(
                 input_ids=instruction_ids, attention_mask=instruction_attention_mask
             ).last_hidden_state
-        adapters, fusion = self.hypernetwork(encoded, instruction_attention_mask)
+        # Sharding engines release a module's parameters once the gradient of its inputs is known, and at once where no
+        # input needs one: the hypernetwork's input asks for a gradient so that its parameters stay for its backward.
+        source = encoded.detach().requires_grad_() if frozen and torch.is_grad_enabled() else encoded
+        adapters, fusion = self.hypernetwork(source, instruction_attention_mask)
         return TaskState(adapters, fusion, encoded, instruction_attention_mask)
 
     def encode_input(self, input_ids: Tensor, attention_mask: Tensor, state: TaskState) -> tuple[Tensor, Tensor]:
@@ -261,7 +272,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask: (N, L); with `encoder_outputs`, the mask of that memory.
             instruction_ids, instruction_attention_mask: (U, S), unless `state` is given.
-            task_index: (N,), which instruction each example has; None: the single instruction for all.
+            task_index: (N,), which instruction each example has; None: the only one (U = 1), or each its own (U = N).
             decoder_input_ids: (N, T); by default `labels` shifted right.
             labels: (N, T), -100 where nothing is to be predicted.
             state: of :meth:`compile_instructions`.
@@ -319,7 +330,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask: (N, L).
             instruction_ids, instruction_attention_mask: (U, S), unless `task` is given.
-            task_index: (N,), which instruction each input has.
+            task_index: (N,), which instruction each input has; None as in :meth:`forward`.
             task: a compiled task; the instruction is then not touched.
             settings: of ``GenerationMixin.generate`` (``num_beams``, ``do_sample``, ``max_new_tokens``, ...).
         """
@@ -333,7 +344,8 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             state = task if isinstance(task, TaskState) else task.state
         if task_index is None:
-            task_index = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+            tasks, rows = len(state.mask), torch.arange(len(input_ids), device=input_ids.device)
+            task_index = rows if tasks == len(rows) else torch.zeros_like(rows)
         memory, memory_mask = self.encode_input(input_ids, attention_mask, state.at(task_index))
         # Beams and samples repeat task_index with the other tensors.
         return super().generate(  # type: ignore[misc, return-value]

@@ -1,0 +1,101 @@
+"""The quickstart: every stage of TAGI on the embedded benchmark, beside a baseline of equal compute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tagi_ds import run_folder, study
+from tagi_ds.config import RunConfig
+from tagi_ds.evaluation.report import results_table, write_report
+from tagi_ds.evaluation.results import RESULTS_FILE, gather_results
+from tagi_ds.files import write_json
+
+TAGI_STAGES = ("backbone", "train_teachers", "store_logits", "pretrain", "finetune")
+"""Stages whose compute the baseline is given too; the backbone's own training counts."""
+ADAPTERS = "test_tasks"
+"""Split whose unseen tasks get converted adapters."""
+
+
+def run(config: RunConfig, arguments: list[str], scale: float, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs what is not done yet, in order; the same call goes on after an interruption.
+
+    Args:
+        config: the recipe's common part, for the study's folder.
+        arguments: handed to every launcher.
+        scale: of the numbers of steps, which `arguments` also hold.
+        say: prints a line.
+
+    Returns:
+        What results.json holds.
+    """
+    folder, began = Path(config.study_dir), time.monotonic()
+    study.prepare_data(config, main=True)
+    steps: list[tuple[str, str, list[str]]] = [(stage, stage, []) for stage in (*TAGI_STAGES, "convert")]
+    steps += [*_adapters(folder), ("meta_train", "meta_train", []), ("evaluate", "evaluate", [])]
+    for number, (name, stage, further) in enumerate(steps, start=1):
+        if study.is_done(folder, name):
+            say(f"[{number}/{len(steps)}] {name}: done before")
+            continue
+        say(f"[{number}/{len(steps)}] {name}")
+        if stage == "meta_train":
+            further = ["--engine.steps", str(equal_compute_steps(folder)), "--scale", "1"]
+        processes = 1 if stage == "convert" else 2
+        study.launch(stage, [*arguments, "--scale", str(scale), *further], processes)
+    results = {**gather_results(folder), "flops": _flops(folder)}
+    write_json(folder / RESULTS_FILE, results)
+    write_report(folder)
+    say(f"this start took {time.monotonic() - began:.0f} s; stages: {sum(results['seconds'].values()):.0f} s in all")
+    return results
+
+
+def equal_compute_steps(folder: Path) -> int:
+    """Steps of the meta-trained baseline that cost as many operations as all of TAGI's stages together."""
+    spent = _flops(folder)
+    total = sum(spent.get(stage, 0.0) for stage in TAGI_STAGES)
+    backbone = run_folder.done_summary(folder / "backbone")
+    # The baseline's step is the backbone's: same model, same batches of concatenated instructions.
+    return max(1, round(total / (backbone["flops"] / backbone["steps"])))
+
+
+def farewell(config: RunConfig, results: dict[str, Any]) -> None:
+    """Prints the table, where everything is, and a command to go on with."""
+    from rich.console import Console
+
+    folder = Path(config.study_dir)
+    console = Console(width=120)
+    console.print(results_table(results))
+    spent = {name: flops for name, flops in results["flops"].items() if name in TAGI_STAGES}
+    console.print(
+        f"training compute: TAGI {sum(spent.values()) / 1e12:.1f} TFLOP "
+        f"(backbone {spent.get('backbone', 0.0) / 1e12:.1f} of it), "
+        f"meta-trained {results['flops'].get('meta_train', 0.0) / 1e12:.1f} TFLOP"
+    )
+    example = next(iter(sorted((folder / "compiled" / "compiled").glob("*.safetensors"))), None)
+    console.print(f"report       {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"TensorBoard  .venv/bin/tensorboard --logdir {folder}", soft_wrap=True)
+    console.print(f"adapters     {folder / 'adapters' / 'adapters'} (PEFT), {example and example.parent} (compiled tasks)")
+    console.print("try it:", soft_wrap=True)
+    print(
+        f'.venv/bin/python launchers/answer.py --model {folder / "convert" / "model"} '
+        '--instruction "first move the colour to the front, then write the thing twice" --input "big red round wool hat"',
+        flush=True,
+    )
+
+
+def _adapters(folder: Path) -> list[tuple[str, str, list[str]]]:
+    """Conversions of the unseen tasks: (run folder's name, launcher, arguments)."""
+    return [
+        (name, "convert", ["--output_dir", str(folder / name), "--convert.to", to, "--convert.split_file", ADAPTERS])
+        for name, to in (("adapters", "peft"), ("compiled", "compiled"))
+    ]
+
+
+def _flops(folder: Path) -> dict[str, float]:
+    return {
+        stage: float(run_folder.done_summary(folder / stage).get("flops", 0.0))
+        for stage in (*TAGI_STAGES, "meta_train")
+        if study.is_done(folder, stage)
+    }
