@@ -112,7 +112,7 @@ def tagi_config(settings: ModelConfig, backbone: Path) -> TagiConfig:
     method = METHODS[settings.method]
     return TagiConfig(
         backbone_hash=content_hash(backbone),
-        backbone_name=settings.backbone or "tagi_ds backbone",
+        backbone_name=settings.backbone or str(backbone),
         rank=settings.rank,
         alpha=settings.alpha,
         sites=list(settings.sites),

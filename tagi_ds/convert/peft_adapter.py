@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def _peft_tensors(compiled: CompiledTask) -> dict[str, Tensor]:
 def _check_names(model: TagiForConditionalGeneration, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
     """Lets peft itself adapt an empty copy of the backbone, which must ask for exactly these tensors."""
     sub = model.config.backbone_config
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that are about to change
         empty = backbone_class(sub.model_type, model.config.own_head)(sub)
         # peft narrows target_modules of the object it is given.
         adapted = get_peft_model(empty, LoraConfig(**{**config.to_dict(), "inference_mode": False}))
