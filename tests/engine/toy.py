@@ -204,7 +204,7 @@ def main() -> None:
             print(f"USER ERROR {error}", flush=True)
         except Interrupted as error:
             print(f"INTERRUPTED {error.code}", flush=True)
-    distributed.stop()
+    distributed.leave()
 
 
 if __name__ == "__main__":
