@@ -1,7 +1,7 @@
 """Trains the small backbone of the embedded study; with a published backbone this stage is not needed.
 
-    deepspeed launchers/backbone.py                         the embedded default
-    deepspeed launchers/backbone.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
+deepspeed launchers/backbone.py                         the embedded default
+deepspeed launchers/backbone.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
 """
 
 from tagi_ds.launch import run_stage

@@ -1,7 +1,7 @@
 """Evaluates models on unseen tasks by generation.
 
-    deepspeed launchers/evaluate.py                         the embedded default
-    deepspeed launchers/evaluate.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
+deepspeed launchers/evaluate.py                         the embedded default
+deepspeed launchers/evaluate.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
 """
 
 from tagi_ds.launch import run_stage

@@ -1,7 +1,7 @@
 """Meta-trains the whole backbone on concatenated instructions (Tk-Instruct, T0): baseline, and logit teacher.
 
-    deepspeed launchers/meta_train.py                         the embedded default
-    deepspeed launchers/meta_train.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
+deepspeed launchers/meta_train.py                         the embedded default
+deepspeed launchers/meta_train.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
 """
 
 from tagi_ds.launch import run_stage

@@ -1,7 +1,7 @@
 """Pretrains the hypernetwork on text: a to the hypernetwork, b to the backbone, c is predicted.
 
-    deepspeed launchers/pretrain.py                         the embedded default
-    deepspeed launchers/pretrain.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
+deepspeed launchers/pretrain.py                         the embedded default
+deepspeed launchers/pretrain.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
 """
 
 from tagi_ds.launch import run_stage

@@ -1,7 +1,7 @@
 """Writes the logit teacher's distributions over the training targets.
 
-    deepspeed launchers/store_logits.py                         the embedded default
-    deepspeed launchers/store_logits.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
+deepspeed launchers/store_logits.py                         the embedded default
+deepspeed launchers/store_logits.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
 """
 
 from tagi_ds.launch import run_stage

@@ -1,7 +1,7 @@
 """Trains the task-specific LoRA teachers into a parameter store.
 
-    deepspeed launchers/train_teachers.py                         the embedded default
-    deepspeed launchers/train_teachers.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
+deepspeed launchers/train_teachers.py                         the embedded default
+deepspeed launchers/train_teachers.py --config RECIPE.yaml    any recipe; any field may follow as --section.field VALUE
 """
 
 from tagi_ds.launch import run_stage

@@ -171,9 +171,7 @@ def backbone_sites(folder: Path, kinds: Sequence[str]) -> list[Site]:
         return find_sites(backbone_class(config.model_type, own_head=False)(config), kinds)
 
 
-def open_distillation(
-    config: RunConfig, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
-) -> Distillation:
+def open_distillation(config: RunConfig, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> Distillation:
     """The stores that the run's loss asks for, each checked against the run before its first step.
 
     Raises:
@@ -207,4 +205,6 @@ def trainable_share(model: nn.Module) -> str:
         parts = {"backbone": model.backbone, "generator": model.hypernetwork.generator}
         if model.hypernetwork.fusion is not None:
             parts["fusion"] = model.hypernetwork.fusion
-    return ", ".join(f"{name} {count(p.parameters()):,} ({count(p.parameters(), True):,} train)" for name, p in parts.items())
+    return ", ".join(
+        f"{name} {count(p.parameters()):,} ({count(p.parameters(), True):,} train)" for name, p in parts.items()
+    )

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from tagi_ds import recipe, run_folder, study
 from tagi_ds.config import RunConfig
-from tagi_ds.engine.distributed import barrier, quieten_libraries, start, stop
+from tagi_ds.engine.distributed import barrier, leave, quieten_libraries, start
+from tagi_ds.engine.trainer import Interrupted
 from tagi_ds.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
@@ -22,7 +25,7 @@ USER_ERROR_STATUS = 2
 
 REAL_DATA = {
     "backbone": "(a published backbone needs no training: give it to the later stages as --model.backbone)",
-    "pretrain": "--config launchers/recipes/sni_base.yaml --data.c4_dir C4_FOLDER --model.backbone google/t5-base-lm-adapt",
+    "pretrain": "--config launchers/recipes/sni_base.yaml --data.c4_dir C4_FOLDER",
     "train_teachers": "--config launchers/recipes/sni_base.yaml --data.sni_dir natural-instructions",
     "store_logits": "--config launchers/recipes/sni_base.yaml --data.sni_dir natural-instructions "
     "--teachers.logit_teacher allenai/tk-instruct-base-def-pos",
@@ -63,11 +66,14 @@ def run_stage(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
     missing. A stage that is done says so and returns at once.
     """
     quieten_libraries()
+    # Imported by the launcher before anything here ran, so that its environment variables come too late.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         _run(name, work)
     except UserError as error:
         _say_and_leave(f"error: {error}", USER_ERROR_STATUS)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         _say_and_leave("interrupted; the same command goes on", 130)
     except Exception:
         _say_and_leave(traceback.format_exc(), 1)
@@ -98,7 +104,7 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
         if ranks.is_main:
             run_folder.mark_done(run_dir, {"seconds": round(time.monotonic() - began, 1), **summary})
     barrier()
-    stop()
+    leave()
 
 
 def _say_and_leave(text: str, status: int) -> None:

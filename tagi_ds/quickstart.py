@@ -73,13 +73,12 @@ def farewell(config: RunConfig, results: dict[str, Any]) -> None:
         f"(backbone {spent.get('backbone', 0.0) / 1e12:.1f} of it), "
         f"meta-trained {results['flops'].get('meta_train', 0.0) / 1e12:.1f} TFLOP"
     )
-    example = next(iter(sorted((folder / "compiled" / "compiled").glob("*.safetensors"))), None)
     console.print(f"report       {folder / 'report.html'}", soft_wrap=True)
     console.print(f"TensorBoard  .venv/bin/tensorboard --logdir {folder}", soft_wrap=True)
-    console.print(f"adapters     {folder / 'adapters' / 'adapters'} (PEFT), {example and example.parent} (compiled tasks)")
+    console.print(f"adapters     {folder / 'adapters'} (PEFT), {folder / 'compiled'} (compiled tasks)")
     console.print("try it:", soft_wrap=True)
     print(
-        f'.venv/bin/python launchers/answer.py --model {folder / "convert" / "model"} '
+        f".venv/bin/python launchers/answer.py --model {folder / 'convert' / 'model'} "
         '--instruction "first move the colour to the front, then write the thing twice" --input "big red round wool hat"',
         flush=True,
     )
@@ -87,9 +86,11 @@ def farewell(config: RunConfig, results: dict[str, Any]) -> None:
 
 def _adapters(folder: Path) -> list[tuple[str, str, list[str]]]:
     """Conversions of the unseen tasks: (run folder's name, launcher, arguments)."""
+    common = ["--convert.split_file", ADAPTERS]
     return [
-        (name, "convert", ["--output_dir", str(folder / name), "--convert.to", to, "--convert.split_file", ADAPTERS])
+        (name, "convert", [*common, "--output_dir", path, "--convert.output", path, "--convert.to", to])
         for name, to in (("adapters", "peft"), ("compiled", "compiled"))
+        for path in [str(folder / name)]
     ]
 
 

@@ -118,15 +118,19 @@ class Trainer:
         batches = self.source.next_step()
         if len(batches) != self.config.accumulation:
             raise ValueError(f"the source gave {len(batches)} micro-batches, not {self.config.accumulation}")
-        report = train_step(self.strategy, self.objective, batches, self.state.step, lambda: self._stop_asked)
+        counted = self.state.step < FLOP_STEPS
+        report = (self._counted_step if counted else self._step)(batches)
         self.state.step += 1
         self.monitor.count(self.state.step, report.counts, report.metrics["loss/total"])
         return report
 
+    def _step(self, batches: list[Any]) -> StepReport:
+        return train_step(self.strategy, self.objective, batches, self.state.step, lambda: self._stop_asked)
+
     def _counted_step(self, batches: list[Any]) -> StepReport:
         meter, before = FlopMeter(), self.state.step
         with meter.counting():
-            report = train_step(self.strategy, self.objective, batches, before, lambda: self._stop_asked)
+            report = self._step(batches)
         flops = all_reduce_sums({"flops": float(meter.flops)})["flops"]
         self.state.flops_per_step = (self.state.flops_per_step * before + flops) / (before + 1)
         self.monitor.flops_per_step = self.state.flops_per_step

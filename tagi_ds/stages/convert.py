@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tagi_ds.convert.model_folder import ModelFolder, load_model_folder, text_ta
 from tagi_ds.convert.peft_adapter import export_adapter, missing_parts
 from tagi_ds.data.examples import Task
 from tagi_ds.data.sni import read_task, read_tasks
+from tagi_ds.engine.progress import Progress
 from tagi_ds.errors import UserError
 from tagi_ds.launch import Stage
 
@@ -48,7 +48,13 @@ def _tasks(stage: Stage) -> list[Path]:
     tasks = _instructions(stage.config)
     loaded = load_model_folder(source, stage.ranks.device)
     write = _write_adapter if settings.to == "peft" else _write_compiled
-    outputs = [write(loaded, task, _place(settings, stage.run_dir, task, len(tasks)), stage.say) for task in tasks]
+    kind = "PEFT adapter" if settings.to == "peft" else "compiled task"
+    outputs = []
+    with Progress(f"convert ({kind}s)", len(tasks), unit="task", show=len(tasks) > 1) as bar:
+        for number, task in enumerate(tasks, start=1):
+            outputs.append(write(loaded, task, _place(settings, stage.run_dir, task, len(tasks))))
+            bar.update(number)
+    stage.say(f"convert: {kind} of {tasks[0].name} in {outputs[0]}" + _and_more(len(tasks) - 1))
     note = missing_parts(loaded.model) if settings.to == "peft" else None
     if note is not None:
         stage.say(f"note: {note}")
@@ -85,13 +91,15 @@ def _place(settings: ConvertConfig, run_dir: Path, task: Task, tasks: int) -> Pa
     return folder / f"{task.name}{ending}"
 
 
-def _write_adapter(loaded: ModelFolder, task: Task, path: Path, say: Callable[[str], None]) -> Path:
+def _and_more(others: int) -> str:
+    return f", and {others} more beside it" if others else ""
+
+
+def _write_adapter(loaded: ModelFolder, task: Task, path: Path) -> Path:
     export_adapter(loaded.model, loaded.tokenizer, loaded.compile(task), path)
-    say(f"convert: PEFT adapter of {task.name} in {path}")
     return path
 
 
-def _write_compiled(loaded: ModelFolder, task: Task, path: Path, say: Callable[[str], None]) -> Path:
+def _write_compiled(loaded: ModelFolder, task: Task, path: Path) -> Path:
     loaded.compile(task).save(path)
-    say(f"convert: compiled task {task.name} in {path}")
     return path

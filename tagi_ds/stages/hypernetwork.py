@@ -44,6 +44,8 @@ def finetune(stage: Stage) -> dict[str, Any]:
     tokenizer = load_study_tokenizer(config)
     tasks, validation_tasks = training_split(config.data, config.seed)
     distillation = open_distillation(config, tasks, tokenizer)
+    examples = (example.id for task in tasks for example in task.examples)
+    distillation.require(examples, (t.category if config.teachers.unit == "category" else t.name for t in tasks))
     own = Path(config.study_dir) / "pretrain"
     if config.model.initial is None and (own / "done.json").is_file():
         config.model.initial = str(own)
@@ -63,9 +65,7 @@ def finetune(stage: Stage) -> dict[str, Any]:
     )
     source = DistilledSource(task_source(stage, tasks, collator), distillation.attach)
     held_out = held_out_batches(stage, validation_tasks, collator)
-    summary = train(
-        stage, strategy, model, objective, source, TagiObjective(LossConfig(), scaling), held_out
-    )
+    summary = train(stage, strategy, model, objective, source, TagiObjective(LossConfig(), scaling), held_out)
     return {**summary, "truncated": dict(collator.truncated)}
 
 

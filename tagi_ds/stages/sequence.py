@@ -43,9 +43,7 @@ def _train(stage: Stage, from_scratch: bool) -> dict[str, Any]:
     collator = Collator(tokenizer, config.data, "concatenated")
     objective = SequenceObjective()
     held_out = held_out_batches(stage, validation_tasks, collator)
-    summary = train(
-        stage, strategy, model, objective, task_source(stage, tasks, collator), objective, held_out
-    )
+    summary = train(stage, strategy, model, objective, task_source(stage, tasks, collator), objective, held_out)
     if stage.ranks.is_main:
         folder: Path = export_model(stage.run_dir, None, stage.run_dir / "model")
         stage.say(f"{stage.name}: model in {folder}")
