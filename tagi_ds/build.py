@@ -56,7 +56,7 @@ def load_study_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def build_scratch(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A small T5 with random weights, drawn from torch's current generator."""
     shape = config.scratch
-    settings = T5Config(
+    settings: Any = T5Config(
         vocab_size=len(tokenizer),
         d_model=shape.d_model,
         d_kv=shape.d_model // shape.heads,
@@ -65,15 +65,18 @@ def build_scratch(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         num_heads=shape.heads,
         feed_forward_proj="gated-gelu",
         dropout_rate=config.model.dropout or 0.0,
-        decoder_start_token_id=tokenizer.pad_token_id,
     )
+    settings.decoder_start_token_id = tokenizer.pad_token_id
     return T5ForConditionalGeneration(settings)
 
 
 def build_seq2seq(config: RunConfig, folder: Path) -> PreTrainedModel:
     """An ordinary seq2seq model from a folder, with the run's dropout."""
-    overrides = {} if config.model.dropout is None else {"dropout_rate": config.model.dropout}
-    return load_backbone(folder, **overrides)
+    return load_backbone(folder, **_overrides(config.model))
+
+
+def _overrides(settings: ModelConfig) -> dict[str, Any]:
+    return {} if settings.dropout is None else {"dropout_rate": settings.dropout}
 
 
 def build_tagi(
@@ -92,8 +95,7 @@ def build_tagi(
     """
     settings = config.model
     folder = study_backbone(config)
-    overrides = {} if settings.dropout is None else {"dropout_rate": settings.dropout}
-    backbone = load_backbone(folder, dtype, **overrides)
+    backbone = load_backbone(folder, dtype, **_overrides(settings))
     torch.manual_seed(config.seed)
     model = TagiForConditionalGeneration.from_backbone(
         backbone, tagi_config(settings, folder), settings.fusion_start, gather
@@ -187,7 +189,7 @@ def open_distillation(config: RunConfig, tasks: Sequence[Task], tokenizer: PreTr
         folder = Path(loss.parameter_store or study / "train_teachers" / "store")
         backbone = study_backbone(config)
         sites = [site.name for site in backbone_sites(backbone, config.model.sites)]
-        expected = {"backbone": content_hash(backbone), "unit": config.teachers.unit, "sites": sites}
+        expected: dict[str, Any] = {"backbone": content_hash(backbone), "unit": config.teachers.unit, "sites": sites}
         if loss.alignment_form == "mse":
             expected["rank"] = config.model.rank
         parameters = ParameterStore(folder, {**data, **expected})

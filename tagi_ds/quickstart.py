@@ -18,6 +18,9 @@ TAGI_STAGES = ("backbone", "train_teachers", "store_logits", "pretrain", "finetu
 ADAPTERS = "test_tasks"
 """Split whose unseen tasks get converted adapters."""
 
+INSTRUCTION, INPUT = "first move the colour to the front, then write the thing twice", "big red round wool hat"
+"""Of the command that is shown at the end."""
+
 
 def run(config: RunConfig, arguments: list[str], scale: float, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs what is not done yet, in order; the same call goes on after an interruption.
@@ -77,9 +80,9 @@ def farewell(config: RunConfig, results: dict[str, Any]) -> None:
     console.print(f"TensorBoard  .venv/bin/tensorboard --logdir {folder}", soft_wrap=True)
     console.print(f"adapters     {folder / 'adapters'} (PEFT), {folder / 'compiled'} (compiled tasks)")
     console.print("try it:", soft_wrap=True)
+    model = folder / "convert" / "model"
     print(
-        f".venv/bin/python launchers/answer.py --model {folder / 'convert' / 'model'} "
-        '--instruction "first move the colour to the front, then write the thing twice" --input "big red round wool hat"',
+        f'.venv/bin/python launchers/answer.py --model {model} --instruction "{INSTRUCTION}" --input "{INPUT}"',
         flush=True,
     )
 

@@ -344,6 +344,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             state = task if isinstance(task, TaskState) else task.state
         if task_index is None:
+            assert state.mask is not None
             tasks, rows = len(state.mask), torch.arange(len(input_ids), device=input_ids.device)
             task_index = rows if tasks == len(rows) else torch.zeros_like(rows)
         memory, memory_mask = self.encode_input(input_ids, attention_mask, state.at(task_index))

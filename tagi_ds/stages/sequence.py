@@ -1,4 +1,4 @@
-"""Training an ordinary seq2seq model on concatenated instructions: the study's backbone, and the meta-trained baseline."""
+"""Training an ordinary seq2seq model on concatenated instructions: the study's backbone, the meta-trained baseline."""
 
 from __future__ import annotations
 
