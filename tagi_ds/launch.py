@@ -93,6 +93,8 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
         study.run_missing_predecessors(name, config, parsed.scale, main)
     ranks = start(config.engine.timeout_s)
     run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank)
+    if ranks.is_main:
+        run_folder.hold(run_dir)
     stage = Stage(name, config, ranks, run_dir)
     # One folder takes any number of conversions, so an earlier one is no reason to stop.
     if run_folder.is_done(run_dir) and name != "convert":

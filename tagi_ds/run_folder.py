@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import os
 import platform
@@ -10,7 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -98,6 +99,28 @@ def save(config: RunConfig, folder: Path, extra: Mapping[str, Any]) -> Path:
     path = folder / CONFIG_FILE
     write_text(path, yaml.safe_dump({**to_dict(config), "run": run}, sort_keys=False, allow_unicode=True))
     return path
+
+
+_held: list[IO[str]] = []
+
+
+def hold(run_dir: Path) -> None:
+    """Holds a run folder for this process until it ends, so that no second run writes into it; called on rank 0.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    handle = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is running in {run_dir}", "wait for it, end it, or choose another --output_dir"
+        ) from error
+    except OSError:  # a file system without locks
+        handle.close()
+        return
+    _held.append(handle)
 
 
 def mark_done(run_dir: Path, summary: Mapping[str, Any]) -> None:
