@@ -1,0 +1,158 @@
+"""Finetuning with every loss on a small study, variant by variant; run as a script it is one rank of it.
+
+Arguments: STUDY SNI BACKBONE and a JSON object {name: {"strategy", "json", "checkpointing", "accumulation"}}. Each
+variant leaves a folder STUDY/<name>.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import operator
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytest import MonkeyPatch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tagi_ds.config import RunConfig
+from tagi_ds.engine import distributed
+from tagi_ds.engine.strategy import StepOutcome, Strategy, make_strategy
+from tagi_ds.launch import Stage
+from tagi_ds.model.backbone import load_backbone
+from tagi_ds.stages import hypernetwork
+from tests.teachers.stage_process import make_config
+
+STEPS, LOOKED_AT = 20, 4
+"""Steps of a run, and how many were taken before the gradients that are kept."""
+GRADIENTS = "gradients.safetensors"
+
+
+@dataclass
+class Variant:
+    """One way of running the same steps."""
+
+    strategy: str = "single"
+    json: str | None = None
+    checkpointing: bool = False
+    accumulation: int = 1
+
+
+def finetune_config(study: Path, sni: Path, backbone: Path, name: str, variant: Variant) -> RunConfig:
+    """The settings that all variants share, and those of this one."""
+    config = make_config(study, sni, backbone)
+    config.output_dir = str(study / name)
+    config.data.tasks_per_batch, config.data.examples_per_task = 4, 2
+    config.model.bottleneck = 16
+    config.loss.kl, config.loss.alignment, config.loss.missing = 2.0, "sigmoid", "label_only"
+    config.optimizer.learning_rate, config.optimizer.clip = 3e-3, 0.5
+    engine = config.engine
+    engine.strategy, engine.deepspeed = variant.strategy, variant.json  # type: ignore[assignment]
+    engine.activation_checkpointing, engine.accumulation = variant.checkpointing, variant.accumulation
+    engine.steps, engine.log_every, engine.checkpoint_every = STEPS, 1, 0
+    return config
+
+
+def finetune(config: RunConfig, patch: MonkeyPatch) -> None:
+    """Runs the stage itself; gradients of one step and the backbone's equality are noted beside its files."""
+    run_dir, ranks = Path(str(config.output_dir)), distributed.current()
+    made: list[Strategy] = []
+
+    def watched(*arguments: Any) -> Strategy:
+        strategy = make_strategy(*arguments)
+        made.append(strategy)
+        take = strategy.step
+
+        def step(number: int) -> StepOutcome:
+            if number == LOOKED_AT:
+                _keep_gradients(strategy, run_dir)
+            return take(number)
+
+        strategy.step = step  # type: ignore[method-assign]
+        return strategy
+
+    patch.setattr(hypernetwork, "make_strategy", watched)
+    hypernetwork.finetune(Stage("finetune", config, ranks, run_dir))
+    changed = changed_backbone_parameters(made[0], Path(str(config.model.backbone)))
+    (run_dir / f"changed.{ranks.rank}.json").write_text(json.dumps(changed))
+
+
+def changed_backbone_parameters(strategy: Strategy, folder: Path) -> list[str]:
+    """Names of the backbone's parameters and buffers that are not, bit for bit, what the folder holds."""
+    backbone: Any = strategy.module.backbone
+    parameters = dict(backbone.named_parameters())
+    with strategy.gathered(list(parameters.values())):
+        mine = {name: value.detach().clone() for name, value in backbone.state_dict().items()}
+    original = _plain_state(folder)
+    assert mine.keys() == original.keys()
+    return [name for name, value in original.items() if not torch.equal(mine[name], value)]
+
+
+def _plain_state(folder: Path) -> dict[str, Tensor]:
+    """The backbone as any process would load it, whole even while ZeRO-3 shards what is loaded."""
+    from transformers.integrations import deepspeed as integration
+
+    held, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    try:
+        return load_backbone(folder).state_dict()
+    finally:
+        integration._hf_deepspeed_config_weak_ref = held
+
+
+def _keep_gradients(strategy: Strategy, run_dir: Path) -> None:
+    """Whole float32 gradients of what trains, as the optimizer is about to see them, before clipping."""
+    gradient: Callable[[Any], Tensor | None] = operator.attrgetter("grad")
+    if strategy.name != "single":
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad
+    found = {}
+    for name, parameter in strategy.module.named_parameters():
+        if parameter.requires_grad:
+            value = gradient(parameter)
+            assert value is not None, name
+            found[name] = value.detach().float().clone().contiguous()
+    if strategy.ranks.is_main:
+        save_file(found, run_dir / GRADIENTS)
+
+
+@dataclass
+class Outcome:
+    """What a variant left behind."""
+
+    losses: list[dict[str, float]]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor]
+    changed: list[list[str]]
+
+    @classmethod
+    def of(cls, run_dir: Path) -> Outcome:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        return cls(
+            [{name: value for name, value in line.items() if name.startswith("loss/")} for line in lines],
+            [line["grad_norm"] for line in lines],
+            load_file(run_dir / GRADIENTS),
+            [json.loads(path.read_text()) for path in sorted(run_dir.glob("changed.*.json"))],
+        )
+
+
+def main() -> None:
+    study, sni, backbone = (Path(text) for text in sys.argv[1:4])
+    torch.set_num_threads(1)
+    distributed.start(60)
+    for name, settings in json.loads(sys.argv[4]).items():
+        with MonkeyPatch.context() as patch:
+            finetune(finetune_config(study, sni, backbone, name, Variant(**settings)), patch)
+        # transformers shards whatever is loaded while a ZeRO-3 strategy lives.
+        gc.collect()
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Finetuning with every loss on two ranks of ZeRO equals the single process: losses, gradients, frozen backbone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests import finetuning
+from tests.distributed import run_ranks
+from tests.finetuning import LOOKED_AT, Outcome, Variant
+from tests.teachers.conftest import make_tasks, write_sni
+from tests.teachers.stage_process import make_config, run_stage
+
+EVERYTHING_RELEASED = {
+    "zero_optimization": {
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+}
+"""Every parameter is sharded and goes back to its shard at once: nothing is right by having stayed."""
+
+ZERO = {
+    "zero2": Variant("zero2"),
+    "zero2_accumulated": Variant("zero2", accumulation=2),
+    "zero3": Variant("zero3"),
+    "zero3_released": Variant("zero3", json="RELEASED"),
+    "zero3_recomputed": Variant("zero3", json="RELEASED", checkpointing=True, accumulation=2),
+}
+TERMS = {"loss/total", "loss/label", "loss/kl", "loss/alignment", "loss/mse", "loss/token_accuracy", "loss/exact"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tied_folder: Path) -> Path:
+    """A study with both stores; one of its five training tasks has no parameter teacher."""
+    folder = tmp_path_factory.mktemp("study")
+    write_sni(folder / "sni", make_tasks())
+    config = make_config(folder, folder / "sni", tiny_folder)
+    # The backbone as its own teacher would leave a divergence of almost 0, of which little but rounding remains.
+    config.teachers.logit_teacher = str(tied_folder)
+    for stage in ("train_teachers", "store_logits"):
+        run_stage(stage, config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(study: Path, tiny_folder: Path) -> Outcome:
+    config = finetuning.finetune_config(study, study / "sni", tiny_folder, "single", Variant())
+    with pytest.MonkeyPatch.context() as patch:
+        finetuning.finetune(config, patch)
+    return Outcome.of(study / "single")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(study: Path, tiny_folder: Path) -> dict[str, Outcome]:
+    """Starting two processes costs seconds, so one start serves all variants."""
+    released = study / "released.json"
+    released.write_text(json.dumps(EVERYTHING_RELEASED))
+    variants = {name: {**asdict(variant)} for name, variant in ZERO.items()}
+    for settings in variants.values():
+        settings["json"] = settings["json"] and str(released)
+    script = Path(finetuning.__file__)
+    run_ranks(script, 2, [str(study), str(study / "sni"), str(tiny_folder), json.dumps(variants)], timeout=300)
+    return {name: Outcome.of(study / name) for name in ZERO}
+
+
+def test_the_single_process_learns_from_every_loss(single: Outcome, study: Path) -> None:
+    assert single.losses[0].keys() == TERMS
+    assert single.losses[-1]["loss/total"] < single.losses[0]["loss/total"]
+    first = single.losses[0]
+    assert all(first[name] > 0 for name in ("loss/label", "loss/kl", "loss/alignment", "loss/mse"))
+    manifest = json.loads((study / "train_teachers" / "store" / "manifest.json").read_text())
+    assert manifest["left_out"], "a task without a teacher belongs to this test"
+    assert all(norm > 0 for norm in single.grad_norms)
+    assert all(gradient.any() for gradient in single.gradients.values()), "every part learns"
+    assert single.changed == [[]]
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_two_ranks_have_the_losses_of_one(name: str, single: Outcome, two_ranks: dict[str, Outcome]) -> None:
+    for step, (mine, theirs) in enumerate(zip(two_ranks[name].losses, single.losses, strict=True), start=1):
+        assert mine == pytest.approx(theirs, rel=1e-5), f"step {step}"
+    assert two_ranks[name].grad_norms == pytest.approx(single.grad_norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_two_ranks_have_the_gradients_of_one(name: str, single: Outcome, two_ranks: dict[str, Outcome]) -> None:
+    mine = two_ranks[name].gradients
+    assert mine.keys() == single.gradients.keys()
+    norm = single.grad_norms[LOOKED_AT]
+    for parameter, gradient in single.gradients.items():
+        difference = float((mine[parameter] - gradient).norm())
+        assert difference <= 1e-4 * float(gradient.norm()) + 1e-7 * norm, parameter
+    total = sum(float(gradient.double().square().sum()) for gradient in mine.values()) ** 0.5
+    assert total == pytest.approx(norm, rel=1e-4), "the norm that is logged is that of these gradients"
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_the_backbone_is_bit_for_bit_as_before(name: str, two_ranks: dict[str, Outcome]) -> None:
+    assert two_ranks[name].changed == [[], []]
