@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, T
 
 from tagi_ds.config import ModelConfig, RunConfig
 from tagi_ds.data.examples import Task
+from tagi_ds.data.own_tokenizer import own_tokenizer
 from tagi_ds.data.tokenizer import load_tokenizer
 from tagi_ds.engine.checkpoint import best_checkpoint, read_trained_parameters
 from tagi_ds.errors import UserError
@@ -45,12 +46,18 @@ def study_backbone(config: RunConfig) -> Path:
 
 
 def load_study_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer; before there is a backbone, the embedded benchmark's."""
+    """The backbone's tokenizer; before there is a backbone, the data folder's, else one trained for the study.
+
+    Every rank must call it: see :func:`tagi_ds.data.own_tokenizer.own_tokenizer`.
+    """
     with contextlib.suppress(UserError):
         return load_tokenizer(str(study_backbone(config)))
     if config.model.backbone is not None:
         return load_tokenizer(config.model.backbone)
-    return load_tokenizer(f"{config.data.sni_dir}/tokenizer")
+    beside = Path(config.data.sni_dir or "") / "tokenizer"
+    if beside.is_dir():
+        return load_tokenizer(beside)
+    return own_tokenizer(config, Path(config.study_dir) / "tokenizer")
 
 
 def build_scratch(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -66,6 +66,8 @@ class ScratchConfig:
     """Layers of the encoder and of the decoder."""
     heads: int = 4
     """Attention heads."""
+    vocabulary: int = 4000
+    """Pieces at the most of the tokenizer that is trained where the data folder brings none."""
 
 
 @dataclass

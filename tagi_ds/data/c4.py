@@ -52,6 +52,17 @@ def shards_of(folder: str | Path) -> list[Path]:
     return found
 
 
+def documents(folder: str | Path) -> Iterator[str]:
+    """The texts of a corpus, shard by shard in the order of their names.
+
+    Raises:
+        UserError: no shards, or a malformed row.
+    """
+    for path in shards_of(folder):
+        for _, text in _rows(path, 0):
+            yield text
+
+
 def cut_points(length: int, least: int, document: str, seed: int) -> tuple[int, int]:
     """Where a document of `length` tokens is cut: uniform over all cuts whose parts have at least `least` tokens."""
     slack = length - 3 * least

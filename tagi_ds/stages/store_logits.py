@@ -49,7 +49,7 @@ def run(stage: Stage) -> dict[str, Any]:
     tokenizer = load_study_tokenizer(config)
     source = _teacher_folder(config, tokenizer)
     tasks, _ = training_split(config.data, config.seed)
-    k = min(config.teachers.top_k, int(read_json(source / "config.json")["vocab_size"]))
+    k = min(config.teachers.top_k, _shared_vocabulary(config, source))
     header = {
         "binding": {
             **data_binding(config.data, tasks, tokenizer),
@@ -111,10 +111,23 @@ def _teacher_folder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pa
         own = tokenizer_hash(load_tokenizer(folder))
         if own != tokenizer_hash(tokenizer):
             raise UserError(f"the logit teacher {folder} has another tokenizer than the backbone", mend)
-    sizes = [int(read_json(path / "config.json")["vocab_size"]) for path in (folder, study_backbone(config))]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"the logit teacher {folder} predicts {sizes[0]} tokens, the backbone {sizes[1]}", mend)
+    shared = _shared_vocabulary(config, folder)
+    if shared < len(tokenizer):
+        raise UserError(
+            f"the logit teacher {folder} and the backbone both predict {shared} tokens only; "
+            f"the tokenizer has {len(tokenizer)}",
+            mend,
+        )
     return folder
+
+
+def _shared_vocabulary(config: RunConfig, teacher: Path) -> int:
+    """How many tokens both the teacher and the backbone predict.
+
+    Published models of one tokenizer differ in rows behind its last token, which stand for nothing: T5's have 32,128,
+    those finetuned after a resize 32,100.
+    """
+    return min(int(read_json(folder / "config.json")["vocab_size"]) for folder in (teacher, study_backbone(config)))
 
 
 def _prepare(folder: Path) -> None:
@@ -138,6 +151,7 @@ def _store(
     teacher = load_backbone(source, dtype).eval()
     teacher.to(device)  # type: ignore[arg-type]
     collator = Collator(tokenizer, config.data, "concatenated")
+    vocabulary = _shared_vocabulary(config, source)
     total, done = sum(map(len, shards.values())), 0
     with Progress("store_logits", total, unit="example", show=stage.ranks.is_main) as bar:
         for path, pairs in shards.items():
@@ -145,7 +159,7 @@ def _store(
             meter = FlopMeter()
             with meter.counting():
                 for part in _parts(pairs, config.evaluation.batch_examples):
-                    rows.extend(_rows(teacher, collator, part, k, config))
+                    rows.extend(_rows(teacher, collator, part, k, config, vocabulary))
                     done += len(part)
                     bar.update(done)
             logit_store.write_shard(path, rows, settings, config.teachers.store_dtype, meter.flops)
@@ -158,7 +172,7 @@ def _parts(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
 
 @torch.no_grad()
 def _rows(
-    teacher: PreTrainedModel, collator: Collator, pairs: Sequence[Pair], k: int, config: RunConfig
+    teacher: PreTrainedModel, collator: Collator, pairs: Sequence[Pair], k: int, config: RunConfig, vocabulary: int
 ) -> Iterable[dict[str, Any]]:
     """The store's rows of some examples, each under its task's definition and with its one training target."""
     chunks = [TaskChunk(task, 0, (example,), (reference_of(example, config.seed),)) for task, example in pairs]
@@ -166,6 +180,6 @@ def _rows(
     logits = teacher(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
     ).logits
-    ids, log_probs, tail = logit_store.top_k(logits, k, config.teachers.temperature)
+    ids, log_probs, tail = logit_store.top_k(logits[..., :vocabulary], k, config.teachers.temperature)
     rows = logit_store.rows_of(batch.example_ids, batch.labels, ids, log_probs, tail, config.teachers.store_dtype)
     return list(rows)
