@@ -41,12 +41,14 @@ class Parsed:
         recipe_path: the recipe that was read; None: the fields' own defaults.
         is_default: no ``--config`` was given.
         scale: the `scale` that was asked for, which the resolved configuration has taken in.
+        flags: fields that the command line set, as they were typed.
     """
 
     config: RunConfig
     recipe_path: Path | None
     is_default: bool
     scale: float
+    flags: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def parse(stage: str, argv: list[str] | None = None, default_recipe: Path | None = None) -> Parsed:
@@ -76,7 +78,7 @@ def parse(stage: str, argv: list[str] | None = None, default_recipe: Path | None
     given = _build(values)
     config = resolve(given, stage)
     check(config, stage)
-    return Parsed(config, recipe_path, is_default=named is None, scale=given.scale)
+    return Parsed(config, recipe_path, is_default=named is None, scale=given.scale, flags=flags)
 
 
 def read_recipe(path: Path, stage: str) -> dict[str, Any]:
