@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from pytest import MonkeyPatch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def finetune_config(study: Path, sni: Path, backbone: Path, name: str, variant: 
     return config
 
 
-def finetune(config: RunConfig, patch: MonkeyPatch) -> None:
+def finetune(config: RunConfig, patch: pytest.MonkeyPatch) -> None:
     """Runs the stage itself; gradients of one step and the backbone's equality are noted beside its files."""
     run_dir, ranks = Path(str(config.output_dir)), distributed.current()
     made: list[Strategy] = []
@@ -68,10 +68,10 @@ def finetune(config: RunConfig, patch: MonkeyPatch) -> None:
         made.append(strategy)
         take = strategy.step
 
-        def step(number: int) -> StepOutcome:
-            if number == LOOKED_AT:
+        def step(step: int) -> StepOutcome:
+            if step == LOOKED_AT:
                 _keep_gradients(strategy, run_dir)
-            return take(number)
+            return take(step)
 
         strategy.step = step  # type: ignore[method-assign]
         return strategy
@@ -147,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.start(60)
     for name, settings in json.loads(sys.argv[4]).items():
-        with MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             finetune(finetune_config(study, sni, backbone, name, Variant(**settings)), patch)
         # transformers shards whatever is loaded while a ZeRO-3 strategy lives.
         gc.collect()
