@@ -46,10 +46,7 @@ def study_backbone(config: RunConfig) -> Path:
 
 
 def load_study_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer; before there is a backbone, the data folder's, else one trained for the study.
-
-    Every rank must call it: see :func:`tagi_ds.data.own_tokenizer.own_tokenizer`.
-    """
+    """The backbone's tokenizer; before there is a backbone, the data folder's, else one trained for the study."""
     with contextlib.suppress(UserError):
         return load_tokenizer(str(study_backbone(config)))
     if config.model.backbone is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -106,10 +105,7 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
         barrier()
         if ranks.is_main:
             run_folder.mark_done(run_dir, {"seconds": round(time.monotonic() - began, 1), **summary})
-    # Only keeps the ranks together to the end. One that has left already has passed here, or says itself what failed;
-    # its closing connection may reach the others before they are through.
-    with contextlib.suppress(RuntimeError):
-        barrier()
+    barrier()
     leave()
 
 

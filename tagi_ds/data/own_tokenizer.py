@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tagi_ds.data.c4 import documents
 from tagi_ds.data.prompts import concatenated_text
 from tagi_ds.data.sni import training_split
 from tagi_ds.data.tokenizer import load_tokenizer, train_tokenizer
-from tagi_ds.engine.distributed import barrier, is_main
+from tagi_ds.engine.distributed import is_main
 
 EXAMPLES_A_TASK = 20
 DOCUMENTS = 2_000
@@ -34,7 +35,9 @@ def own_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
     """
     if is_main() and not folder.is_dir():
         train_tokenizer(training_texts(config), folder, config.scratch.vocabulary)
-    barrier()
+    # No collective operation: rank 0 comes here alone too, where it exports a model. The folder appears whole.
+    while not folder.is_dir():
+        time.sleep(0.2)
     return load_tokenizer(folder)
 
 
