@@ -35,6 +35,10 @@ class SequenceObjective:
 class TagiObjective:
     """L = label·L_pred + λ1·KL + λ2·alignment (paper, section 3.4), each term also logged by itself.
 
+    KL is averaged over all target tokens and the alignment over all examples, those without a teacher counting zero:
+    a store that covers few tasks then weighs little, rather than a few tasks much. ``loss/mse`` is the mean error of
+    the aligned examples alone.
+
     Args:
         config: weights and forms.
         scaling: the generated adapters' alpha / r.
@@ -55,11 +59,8 @@ class TagiObjective:
         self.teacher_scaling, self.mean_square = teacher_scaling, mean_square
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Target tokens and examples of a micro-batch, and those with a teacher."""
+        """Target tokens and examples of a micro-batch, and the examples whose task has a LoRA teacher."""
         counts = {"tokens": float(batch.target_tokens), "examples": float(len(batch.labels))}
-        if self.config.kl > 0:
-            present = batch.teacher["distributions"].present[:, None]
-            counts["taught_tokens"] = float(((batch.labels != IGNORE) & present).sum())
         if self.config.alignment:
             counts["aligned_examples"] = float(self._aligned_examples(batch).sum())
         return counts
@@ -78,7 +79,7 @@ class TagiObjective:
         terms = label_terms(output.logits, batch, self.config.label)
         if self.config.kl > 0:
             divergence = kl_stored(output.logits, batch.teacher["distributions"], batch.labels, self.temperature)
-            terms["kl"] = Term(divergence, "taught_tokens", self.config.kl)
+            terms["kl"] = Term(divergence, "tokens", self.config.kl)
         if self.config.alignment:
             terms.update(self._alignment(output.state.adapters, batch, output.logits))
         return terms
@@ -89,13 +90,13 @@ class TagiObjective:
         if not teacher:
             # No unit of this micro-batch has a teacher; the terms keep their names, and the graph its adapters.
             zero = 0.0 * logits.float().sum()
-            return {"alignment": Term(zero, "aligned_examples", 1.0), "mse": Term(zero, "aligned_examples", 0.0)}
+            return {"alignment": Term(zero, "examples", 1.0), "mse": Term(zero, "aligned_examples", 0.0)}
         form = ALIGNMENTS[self.config.alignment_form]
         error = form(adapters, teacher, self.scaling, self.teacher_scaling, self.mean_square)
         examples = self._aligned_examples(batch).to(error.dtype)
         weighted = (examples * alignment_weight(error, self.config.alignment) * error).sum()
         return {
-            "alignment": Term(weighted, "aligned_examples", 1.0),
+            "alignment": Term(weighted, "examples", 1.0),
             "mse": Term((examples * error).sum().detach(), "aligned_examples", 0.0),
         }
 
