@@ -15,13 +15,17 @@ import transformers
 
 from tagi_ds import recipe, run_folder, study
 from tagi_ds.config import RunConfig
-from tagi_ds.engine.distributed import barrier, leave, quieten_libraries, start
+from tagi_ds.engine.distributed import barrier, is_lost_peer, leave, quieten_libraries, start
 from tagi_ds.engine.trainer import Interrupted
 from tagi_ds.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
 DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
 USER_ERROR_STATUS = 2
+LOST_PEER = (
+    "error: another process of this run has ended or does not answer\n"
+    "  mend: what that process printed says why; the same command then goes on"
+)
 
 REAL_DATA = {
     "backbone": "(a published backbone needs no training: give it to the later stages as --model.backbone)",
@@ -75,7 +79,9 @@ def run_stage(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
         _say_and_leave(f"error: {error}", USER_ERROR_STATUS)
     except (KeyboardInterrupt, Interrupted):
         _say_and_leave("interrupted; the same command goes on", 130)
-    except Exception:
+    except Exception as error:
+        if is_lost_peer(error):
+            _say_and_leave(LOST_PEER, 1, give_way=True)
         _say_and_leave(traceback.format_exc(), 1)
 
 
@@ -109,11 +115,12 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
     leave()
 
 
-def _say_and_leave(text: str, status: int) -> None:
+def _say_and_leave(text: str, status: int, give_way: bool = False) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if rank != 0:
+    if rank != 0 or give_way:
         # The same error usually stops rank 0 too, which then speaks for all; the launcher ends the others.
         time.sleep(3)
+    if rank != 0:
         text = f"[rank {rank}] {text}"
     print(text, file=sys.stderr, flush=True)
     # Exits without the process group's farewell, which would wait for ranks that are gone.

@@ -25,6 +25,8 @@ CONFIG_FILE = "config.yaml"
 """The resolved configuration and the ``run`` block."""
 DONE_FILE = "done.json"
 """Written last, by :func:`mark_done`."""
+LOCK_FILE = ".lock"
+"""Held by the process that runs in the folder."""
 
 _FREE = frozenset(
     {
@@ -57,6 +59,8 @@ _PATHS = frozenset(
 
 def open_run(config: RunConfig, stage: str, world_size: int, rank: int | None = None) -> Path:
     """Creates the run folder, or finds that it holds this very run, which then goes on.
+
+    A folder with nothing but a description is taken over: whoever was refused may correct what was wrong.
 
     Every rank checks; rank 0 alone writes ``config.yaml``, after its own checks, so no rank can meet a
     half-made folder: what rank 0 writes under way starts with a dot and is overlooked.
@@ -110,7 +114,7 @@ def hold(run_dir: Path) -> None:
     Raises:
         UserError: another process holds it.
     """
-    handle = (run_dir / ".lock").open("w")
+    handle = (run_dir / LOCK_FILE).open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -169,6 +173,8 @@ def _refuse_other(folder: Path, config: RunConfig, stage: str) -> None:
             names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
             raise UserError(f"{folder} holds files that belong to no run ({names})", mend)
         return
+    if not any(_is_work(entry) for entry in present) and not _is_held(folder):
+        return
     saved = read_yaml(folder / CONFIG_FILE)
     other = (saved.get("run") or {}).get("stage")
     if other != stage:
@@ -176,6 +182,23 @@ def _refuse_other(folder: Path, config: RunConfig, stage: str) -> None:
     differing = differing_fields(config, saved)
     if differing:
         raise UserError(f"{folder} belongs to another run; differing fields:\n    " + "\n    ".join(differing), mend)
+
+
+def _is_work(entry: Path) -> bool:
+    """Anything but the description. A run that was refused before it began leaves no more, and may be corrected."""
+    return entry.name != CONFIG_FILE and not entry.name.startswith(".")
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process runs in the folder, though it may not have written anything yet."""
+    try:
+        with (folder / LOCK_FILE).open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock yet, or a file system without locks
+        return False
+    return False
 
 
 def _is_run(entry: Path) -> bool:

@@ -1,6 +1,7 @@
 """The run folder: created, resumed, refused."""
 
 import dataclasses
+import fcntl
 import os
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from tagi_ds.run_folder import differing_fields, done_summary, is_done, mark_don
 
 def _config(folder: Path, *flags: str) -> RunConfig:
     return parse("finetune", ["--output_dir", str(folder), *flags]).config
+
+
+def _begun(folder: Path, *flags: str) -> Path:
+    """The folder of a run that has taken steps."""
+    open_run(_config(folder, *flags), "finetune", 1)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    return folder
 
 
 def test_a_fresh_folder_records_configuration_and_circumstances(tmp_path: Path) -> None:
@@ -55,7 +63,7 @@ def test_the_same_run_goes_on(tmp_path: Path) -> None:
     ],
 )
 def test_another_run_is_refused_and_its_fields_named(tmp_path: Path, flag: str, value: str, expected: str) -> None:
-    folder = open_run(_config(tmp_path / "run"), "finetune", 1)
+    folder = _begun(tmp_path / "run")
     before = (folder / "config.yaml").read_bytes()
     with pytest.raises(UserError) as refused:
         open_run(_config(tmp_path / "run", flag, value), "finetune", 1)
@@ -66,14 +74,25 @@ def test_another_run_is_refused_and_its_fields_named(tmp_path: Path, flag: str, 
 
 
 def test_another_stage_is_refused(tmp_path: Path) -> None:
-    open_run(_config(tmp_path / "run"), "finetune", 1)
+    _begun(tmp_path / "run")
     with pytest.raises(UserError, match="stage finetune, not meta_train"):
         open_run(_config(tmp_path / "run"), "meta_train", 1)
 
 
+def test_a_run_that_never_began_may_be_corrected(tmp_path: Path) -> None:
+    folder = open_run(_config(tmp_path / "run"), "finetune", 1)
+    open_run(_config(folder, "--seed", "4"), "finetune", 1)
+    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["seed"] == 4
+    with (folder / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="seed: 4 -> 5"):
+            open_run(_config(folder, "--seed", "5"), "finetune", 1)
+    open_run(_config(folder, "--seed", "5"), "finetune", 1)
+
+
 def test_a_path_spelled_otherwise_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    open_run(_config(tmp_path / "run", "--data.sni_dir", "sni"), "finetune", 1)
+    _begun(tmp_path / "run", "--data.sni_dir", "sni")
     open_run(_config(tmp_path / "run", "--data.sni_dir", str(tmp_path / "sni")), "finetune", 1)
     with pytest.raises(UserError, match=r"data\.sni_dir"):
         open_run(_config(tmp_path / "run", "--data.sni_dir", "other"), "finetune", 1)
@@ -119,6 +138,7 @@ def test_a_folder_that_no_one_can_write_to() -> None:
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("engine: [")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"config\.yaml"):
         open_run(_config(tmp_path), "finetune", 1)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import warnings
@@ -158,6 +159,12 @@ def gather_objects(value: Any) -> list[Any]:
     return [
         json.loads(bytes(part[: int(size)].cpu().tolist()).decode()) for part, size in zip(texts, sizes, strict=True)
     ]
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process has ended or did not answer in time."""
+    backends = (r"gloo.*(Connection|Broken pipe|Timed out|Socket)", r"ncclRemoteError", r"NCCL.*remote process exited")
+    return isinstance(error, RuntimeError) and any(re.search(told, str(error), re.DOTALL) for told in backends)
 
 
 def _complete_environment() -> None:

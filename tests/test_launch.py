@@ -1,0 +1,190 @@
+"""What surrounds a stage: what is assumed and said, predecessors, a run that is done, errors of one rank."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tagi_ds import launch as launching_room
+from tagi_ds import recipe, run_folder, study
+from tagi_ds.config import STAGES, RunConfig
+from tagi_ds.engine import distributed
+from tagi_ds.errors import UserError
+from tagi_ds.launch import REAL_DATA, Stage
+from tests.distributed import ROOT, run_ranks
+from tests.launching import let_go_of_folders
+
+
+class Rig:
+    """Stages launched in this process: what ran, what was said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.monkeypatch, self.folder = monkeypatch, folder
+        self.launched: list[tuple[str, list[str]]] = []
+        self.worked: list[Stage] = []
+        monkeypatch.setattr(launching_room, "start", lambda timeout_s: distributed.current())
+        monkeypatch.setattr(launching_room, "leave", lambda: None)
+        monkeypatch.setattr(study, "launch", self._launch)
+        (folder / "data" / "tokenizer").mkdir(parents=True)
+
+    def run(self, stage: str, *flags: str) -> None:
+        self.monkeypatch.setattr(sys, "argv", [stage, "--study_dir", str(self.folder), *flags])
+        launching_room._run(stage, self._work)
+        let_go_of_folders()
+
+    def finish(self, *stages: str) -> None:
+        for stage in stages:
+            (self.folder / stage).mkdir()
+            run_folder.mark_done(self.folder / stage, {})
+
+    def _launch(self, stage: str, arguments: list[str]) -> None:
+        self.launched.append((stage, arguments))
+        self.finish(stage)
+
+    def _work(self, stage: Stage) -> dict[str, Any]:
+        self.worked.append(stage)
+        return {"steps": 3}
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
+    return Rig(monkeypatch, tmp_path / "study")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_a_recipe_it_says_what_it_assumes_and_runs_what_is_missing(
+    stage: str, rig: Rig, capsys: pytest.CaptureFixture
+) -> None:
+    rig.finish("backbone") if stage != "backbone" else None
+    rig.run(stage, "--scale", "0.5", "--seed", "7")
+    said = capsys.readouterr().out
+    assert f"no --config given: the embedded default quickstart.yaml in {rig.folder}" in said
+    assert f"on real data: deepspeed launchers/{stage}.py {REAL_DATA[stage]}" in said
+    missing = [name for name in study.PREDECESSORS[stage] if name != "backbone"]
+    assert [name for name, _ in rig.launched] == missing
+    for name, arguments in rig.launched:
+        assert f"{stage} builds on {name}, which is not there yet" in said
+        parsed = recipe.parse(name, arguments)
+        assert (parsed.scale, parsed.config.seed, parsed.config.study_dir) == (0.5, 7, str(rig.folder))
+    (worked,) = rig.worked
+    assert (worked.name, worked.run_dir) == (stage, rig.folder / stage)
+    assert worked.config.data.sni_dir == str(rig.folder / "data")
+    assert worked.config.data.c4_dir == str(rig.folder / "data" / "c4" / "en")
+    summary = run_folder.done_summary(rig.folder / stage)
+    assert summary["steps"] == 3
+    assert summary["seconds"] >= 0
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "backbone"])
+def test_the_command_for_real_data_is_one_that_the_launcher_reads(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parsed = recipe.parse(stage, shlex.split(REAL_DATA[stage]))
+    assert not parsed.is_default
+    assert parsed.config.output_dir is not None
+    assert parsed.config.study_dir != RunConfig().study_dir, "real data go into a study of their own"
+
+
+def test_every_predecessor_is_a_stage_that_comes_before() -> None:
+    assert study.PREDECESSORS.keys() == set(STAGES)
+    for stage, before in study.PREDECESSORS.items():
+        for number, name in enumerate(before):
+            assert set(study.PREDECESSORS[name]) <= set(before[:number]), (stage, name)
+
+
+def test_with_a_recipe_nothing_else_is_run(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("engine: {steps: 2}\n")
+    rig.run("finetune", "--config", str(path), "--data.sni_dir", "mine", "--data.c4_dir", "corpus")
+    assert (rig.launched, len(rig.worked)) == ([], 1)
+    assert (rig.worked[0].config.data.sni_dir, rig.worked[0].config.data.c4_dir) == ("mine", "corpus")
+    assert "no --config given" not in capsys.readouterr().out
+
+
+def test_a_stage_that_is_done_returns_at_once(rig: Rig, capsys: pytest.CaptureFixture) -> None:
+    rig.run("backbone")
+    rig.run("backbone")
+    assert len(rig.worked) == 1
+    assert f"backbone: done before, in {rig.folder / 'backbone'}; delete that folder" in capsys.readouterr().out
+    rig.finish("train_teachers", "store_logits", "pretrain", "finetune")
+    rig.run("convert")
+    rig.run("convert", "--convert.to", "peft")
+    assert [stage.name for stage in rig.worked] == ["backbone", "convert", "convert"], "conversions may be many"
+
+
+def test_work_that_fails_is_not_done(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(stage: Stage) -> dict[str, Any]:
+        raise UserError("no luck", "try again")
+
+    monkeypatch.setattr(rig, "_work", fail)
+    with pytest.raises(UserError, match="no luck"):
+        rig.run("backbone")
+    assert not run_folder.is_done(rig.folder / "backbone")
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(0, None), (1, UserError), (2, UserError), (-9, UserError), (130, KeyboardInterrupt), (-2, KeyboardInterrupt)],
+)
+def test_a_launched_stage_has_its_own_ranks_and_its_end_is_understood(
+    status: int, expected: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+        seen.append((command, env))
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if expected is None:
+        study.launch("pretrain", ["--seed", "3"], processes=2)
+    else:
+        with pytest.raises(expected):
+            study.launch("pretrain", ["--seed", "3"], processes=2)
+    ((command, environment),) = seen
+    assert command[command.index("--num_accelerators") + 1] == "2"
+    assert command[-3:] == [str(ROOT / "launchers" / "pretrain.py"), "--seed", "3"]
+    assert not {"RANK", "WORLD_SIZE"} & environment.keys()
+
+
+ONE_RANK_FAILS = """
+import sys
+from tagi_ds.errors import UserError
+from tagi_ds.launch import run_stage
+
+def work(stage):
+    if stage.ranks.rank == int(FAILING):
+        raise UserError("the disk of this machine is full", "free space on it")
+    return {}
+
+run_stage("backbone", work)
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_rank_is_told_once_and_ends_all(failing: int, tmp_path: Path) -> None:
+    script = tmp_path / "stage.py"
+    script.write_text(ONE_RANK_FAILS.replace("FAILING", repr(str(failing))))
+    (tmp_path / "data" / "tokenizer").mkdir(parents=True)
+    ended = run_ranks(script, 2, ["--study_dir", str(tmp_path), "--engine.timeout_s", "60"], check=False)
+    assert ended.statuses[failing] == 2, ended.text
+    assert ended.statuses[1 - failing] != 0, ended.text
+    own = ended.outputs[failing]
+    prefix = "[rank 1] " if failing else ""
+    assert f"{prefix}error: the disk of this machine is full\n  mend: free space on it" in own
+    assert "error: another process of this run has ended" in ended.outputs[1 - failing]
+    assert "Traceback" not in ended.text
+    assert not (tmp_path / "backbone" / "done.json").exists()
+
+
+def test_launchers_name_a_stage_of_their_own() -> None:
+    """Each stage has its launcher, and each launcher that runs a stage runs its own."""
+    for stage in STAGES:
+        text = (ROOT / "launchers" / f"{stage}.py").read_text(encoding="utf-8")
+        assert f'run_stage("{stage}", ' in text
