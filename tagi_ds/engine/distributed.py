@@ -70,6 +70,10 @@ def start(timeout_s: int) -> Ranks:
             f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}", "start through a launcher"
         ) from error
     device = _device(local_rank)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks on one machine would otherwise each take all of its cores.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, here)))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         rank=rank,
