@@ -47,10 +47,12 @@ def study_backbone(config: RunConfig) -> Path:
 
 def load_study_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer; before there is a backbone, the data folder's, else one trained for the study."""
+    named = config.model.backbone
+    if named is not None:
+        # A name that is no folder is resolved first: its error is then the backbone's, and the hub is asked once.
+        return load_tokenizer(named if Path(named).is_dir() else study_backbone(config))
     with contextlib.suppress(UserError):
-        return load_tokenizer(str(study_backbone(config)))
-    if config.model.backbone is not None:
-        return load_tokenizer(config.model.backbone)
+        return load_tokenizer(study_backbone(config))
     beside = Path(config.data.sni_dir or "") / "tokenizer"
     if beside.is_dir():
         return load_tokenizer(beside)

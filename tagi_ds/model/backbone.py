@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import MT5ForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -77,16 +78,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def has_own_head(folder: Path) -> bool:
-    """Whether the checkpoint has an output head of its own."""
-    for file in weight_files(folder):
+    """Whether the checkpoint has an output head of its own.
+
+    Raises:
+        UserError: there are no weight files, or one of them is damaged.
+    """
+    return any("lm_head.weight" in _tensor_names(file) for file in weight_files(folder))
+
+
+def _tensor_names(file: Path) -> set[str]:
+    try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                names = set(tensors.keys())
-        else:
-            names = set(torch.load(file, weights_only=True, mmap=True))
-        if "lm_head.weight" in names:
-            return True
-    return False
+                return set(tensors.keys())
+        return set(torch.load(file, weights_only=True, mmap=True))
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{file} is damaged: {error}", "fetch or convert the model again") from error
 
 
 @functools.cache
