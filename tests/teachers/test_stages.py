@@ -169,3 +169,28 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     config.teachers.logit_teacher = str(other)
     with pytest.raises(UserError, match="both predict 200 tokens only; the tokenizer has"):
         run_stage("store_logits", config)
+
+
+def test_rows_behind_the_backbones_vocabulary_are_not_stored(
+    sni: Path, tiny_folder: Path, tied_folder: Path, tmp_path: Path
+) -> None:
+    """Published models of one tokenizer differ in the rows behind its last token."""
+    config = make_config(tmp_path, sni, tiny_folder)
+    other, tokenizer = tmp_path / "other", load_tokenizer(tiny_folder)
+    teacher = load_backbone(tied_folder)
+    teacher.resize_token_embeddings(400)
+    with torch.no_grad():
+        # One of each pair is above every other logit, so that the store would hold it if it were not cut away.
+        teacher.get_input_embeddings().weight[330:] = 50 * torch.cat([torch.eye(32), -torch.eye(32), torch.eye(6, 32)])
+    teacher.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    config.teachers.logit_teacher = str(other)
+    assert run_stage("store_logits", config)["examples"] == 5 * 12
+    store = LogitStore(Path(config.study_dir) / "store_logits" / "store")
+    tasks, _ = training_split(config.data, config.seed)
+    (batch,) = TaskMixture(tasks, Collator(tokenizer, config.data, "concatenated"), config.seed, 4).next_step()
+    stored = store.read(batch.example_ids, batch.labels)
+    real = batch.labels != -100
+    assert int(stored.ids[real].max()) < 330
+    mass = stored.log_probs[real].exp().sum(-1) + stored.tail[real]
+    assert torch.allclose(mass, torch.ones_like(mass), atol=1e-2)
