@@ -21,7 +21,8 @@ from tagi_ds.errors import UserError
 from tagi_ds.methods import METHODS
 from tagi_ds.model.adapter import Site, find_sites
 from tagi_ds.model.backbone import backbone_class, content_hash, load_backbone, resolve_folder
-from tagi_ds.model.tagi import Gather, TagiConfig, TagiForConditionalGeneration
+from tagi_ds.model.configuration import TagiConfig
+from tagi_ds.model.tagi import Gather, TagiForConditionalGeneration
 from tagi_ds.teachers.binding import data_binding
 from tagi_ds.teachers.distillation import Distillation
 from tagi_ds.teachers.logit_store import LogitStore

@@ -23,7 +23,7 @@ from tagi_ds.evaluation.generation import GenerationSettings, Pair, collate_pair
 from tagi_ds.evaluation.predictions import PredictionStore
 from tagi_ds.evaluation.results import evaluate, gather_results, read_methods
 from tagi_ds.files import read_json
-from tagi_ds.model.tagi import TagiConfig, TagiForConditionalGeneration
+from tagi_ds.model import TagiConfig, TagiForConditionalGeneration
 from tagi_ds.run_folder import mark_done
 
 SETTINGS = GenerationSettings(batch_examples=4, max_new_tokens=16)
