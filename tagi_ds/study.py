@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,9 @@ PREDECESSORS: dict[str, tuple[str, ...]] = {
     "evaluate": ("backbone", "train_teachers", "store_logits", "pretrain", "finetune", "convert", "meta_train"),
 }
 """Stages that must be done before a stage of the embedded study."""
+
+STOP_S = 60
+"""Seconds that the ranks of an interrupted stage may take to leave."""
 
 LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
 
@@ -70,7 +74,7 @@ def is_done(study_dir: str | Path, stage: str) -> bool:
 
 
 def launch(stage: str, arguments: list[str], processes: int = 2) -> None:
-    """Runs a launcher through DeepSpeed's own launcher and waits for it.
+    """Runs a launcher, several processes of it through DeepSpeed's own, and waits for it.
 
     Args:
         stage: names the launcher.
@@ -82,27 +86,49 @@ def launch(stage: str, arguments: list[str], processes: int = 2) -> None:
         KeyboardInterrupt: it was interrupted, after a checkpoint.
     """
     quieten_libraries()
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [sys.executable, str(deepspeed), "--num_accelerators", str(processes), "--master_port", str(_free_port())]
-    command += ["--log_level", "error", str(LAUNCHERS / f"{stage}.py"), *arguments]
+    command = [sys.executable, str(LAUNCHERS / f"{stage}.py"), *arguments]
+    # A single process needs no launcher, whose own start takes seconds.
+    if processes > 1:
+        deepspeed = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
+        deepspeed += ["--num_accelerators", str(processes), "--master_port", str(_free_port())]
+        command = [*deepspeed, *command[1:]]
     # A launcher may itself have been started by DeepSpeed: its ranks are not the ones of the stage.
     inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in (*inherited, "CROSS_RANK")}
     # The launcher shares the machine's cores among its ranks only where it is told how.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    try:
-        status = subprocess.run(command, env=environment).returncode
-    except KeyboardInterrupt:
-        # The terminal sent the signal to the ranks too; they have checkpointed or are doing so.
-        time.sleep(2)
-        raise
+    status = _status_of(command, environment, deaf=processes > 1)
     if status in (130, -2):
         raise KeyboardInterrupt
     if status != 0:
         raise UserError(
             f"the stage {stage} failed with status {status}", "mend what it says above; the same command then goes on"
         )
+
+
+def _status_of(command: list[str], environment: dict[str, str], deaf: bool) -> int:
+    """Runs a command; interrupted, it waits until the ranks have written their checkpoint and are gone.
+
+    Args:
+        deaf: the command itself does not hear Ctrl-C: DeepSpeed's launcher would only add its traceback, while its
+            ranks hear the signal or are told.
+    """
+    heard = signal.getsignal(signal.SIGINT)
+    try:
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        process = subprocess.Popen(command, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(STOP_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+        raise
 
 
 def _free_port() -> int:

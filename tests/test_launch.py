@@ -135,11 +135,14 @@ def test_a_launched_stage_has_its_own_ranks_and_its_end_is_understood(
 ) -> None:
     seen: list[tuple[list[str], dict[str, str]]] = []
 
-    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-        seen.append((command, env))
-        return subprocess.CompletedProcess(command, status)
+    class Ended:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            seen.append((command, env))
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def wait(self) -> int:
+            return status
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     if expected is None:
@@ -147,10 +150,13 @@ def test_a_launched_stage_has_its_own_ranks_and_its_end_is_understood(
     else:
         with pytest.raises(expected):
             study.launch("pretrain", ["--seed", "3"], processes=2)
-    ((command, environment),) = seen
+    command, environment = seen[0]
     assert command[command.index("--num_accelerators") + 1] == "2"
     assert command[-3:] == [str(ROOT / "launchers" / "pretrain.py"), "--seed", "3"]
     assert not {"RANK", "WORLD_SIZE"} & environment.keys()
+    if expected is None:
+        study.launch("convert", ["--seed", "3"], processes=1)
+        assert seen[-1][0] == [sys.executable, str(ROOT / "launchers" / "convert.py"), "--seed", "3"]
 
 
 ONE_RANK_FAILS = """
