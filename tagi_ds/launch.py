@@ -47,7 +47,7 @@ class Stage:
 
     Attributes:
         name: one of tagi_ds.config.STAGES.
-        config: resolved; `data.sni_dir` and `data.c4_dir` are set.
+        config: resolved; the data folder that the stage reads is set.
         ranks: the processes (tagi_ds.engine.distributed.Ranks).
         run_dir: the run's folder.
     """
@@ -94,7 +94,10 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]]) -> None:
             f"on real data: deepspeed launchers/{name}.py {REAL_DATA[name]}",
             flush=True,
         )
-    study.prepare_data(config, main)
+    if parsed.recipe_path is not None and parsed.recipe_path.resolve() != DEFAULT_RECIPE:
+        study.require_data(config, name)
+    else:
+        study.prepare_data(config, main)
     if parsed.is_default:
         study.run_missing_predecessors(name, config, parsed.scale, main)
     ranks = start(config.engine.timeout_s)

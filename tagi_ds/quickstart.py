@@ -35,7 +35,6 @@ def run(config: RunConfig, arguments: list[str], scale: float, say: Callable[[st
         What results.json holds.
     """
     folder, began = Path(config.study_dir), time.monotonic()
-    study.prepare_data(config, main=True)
     steps: list[tuple[str, str, list[str]]] = [(stage, stage, []) for stage in (*TAGI_STAGES, "convert")]
     steps += [*_adapters(folder), ("meta_train", "meta_train", []), ("evaluate", "evaluate", [])]
     for number, (name, stage, further) in enumerate(steps, start=1):

@@ -33,8 +33,22 @@ STOP_S = 60
 LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
 
 
+def require_data(config: RunConfig, stage: str) -> None:
+    """Refuses a run of a recipe of its own that names no data; the embedded benchmark never steps in unasked.
+
+    Raises:
+        UserError: the folder that the stage reads is not named.
+    """
+    field = {"pretrain": "c4_dir", "convert": None}.get(stage, "sni_dir")
+    if field is not None and getattr(config.data, field) is None:
+        raise UserError(
+            f"{stage} reads data.{field}, and neither the recipe nor the command line names it",
+            f"give --data.{field} FOLDER; without --config the embedded benchmark is used",
+        )
+
+
 def prepare_data(config: RunConfig, main: bool) -> None:
-    """Fills in the embedded benchmark where the run names no data, generating it once.
+    """Fills in the embedded benchmark where a run of the default recipe names no data, generating it once.
 
     Args:
         config: changed in place: `data.sni_dir` and `data.c4_dir` are set afterwards.

@@ -96,6 +96,17 @@ def test_every_predecessor_is_a_stage_that_comes_before() -> None:
             assert set(study.PREDECESSORS[name]) <= set(before[:number]), (stage, name)
 
 
+@pytest.mark.parametrize(("stage", "field"), [("finetune", "sni_dir"), ("pretrain", "c4_dir"), ("evaluate", "sni_dir")])
+def test_a_recipe_without_data_never_falls_back_on_the_embedded(
+    stage: str, field: str, rig: Rig, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("engine: {steps: 2}\n")
+    with pytest.raises(UserError, match=rf"{stage} reads data\.{field}[\s\S]*give --data\.{field}"):
+        rig.run(stage, "--config", str(path))
+    assert not rig.worked
+
+
 def test_with_a_recipe_nothing_else_is_run(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("engine: {steps: 2}\n")
