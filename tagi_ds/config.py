@@ -200,6 +200,9 @@ class EngineConfig:
     """Steps between two lines of metrics.jsonl."""
     evaluate_every: int = 0
     """Steps between two evaluations on the validation tasks; 0: at the end only."""
+    best_by: Literal["loss", "exact"] = "loss"
+    """Validation figure that chooses the best checkpoint: the loss, or the share of targets predicted whole. The loss
+    rises with a model's confidence long before its answers get worse, but it is the finer one where few are exact."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2

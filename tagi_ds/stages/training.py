@@ -75,7 +75,7 @@ def train(
     validation_objective: Objective | None = None,
     validation_batches: Sequence[Batch] = (),
 ) -> dict[str, Any]:
-    """Runs the loop for a stage; the best checkpoint is the one of the lowest validation loss.
+    """Runs the loop for a stage; `engine.best_by` says which validation figure chooses the best checkpoint.
 
     Returns:
         The stage's summary: steps, training seconds, flops, best, parameters.
@@ -93,7 +93,16 @@ def train(
         evaluate = validation(stage, strategy, validation_objective, validation_batches)
     record = BackboneRecord(config, stage.name)
     fitted = Trainer(
-        strategy, objective, source, config.engine, stage.run_dir, monitor, evaluate, extra_state=record
+        strategy,
+        objective,
+        source,
+        config.engine,
+        stage.run_dir,
+        monitor,
+        evaluate,
+        best_metric=f"validation/{config.engine.best_by}",
+        best_is="min" if config.engine.best_by == "loss" else "max",
+        extra_state=record,
     ).fit()
     return {
         "steps": fitted["step"],
