@@ -18,8 +18,8 @@ TAGI_STAGES = ("backbone", "train_teachers", "store_logits", "pretrain", "finetu
 ADAPTERS = "test_tasks"
 """Split whose unseen tasks get converted adapters."""
 
-INSTRUCTION, INPUT = "first move the colour to the front, then write the thing twice", "big red round wool hat"
-"""Of the command that is shown at the end."""
+INSTRUCTION, INPUT = "first move the shape before the place, then remove the colour", "big red curly cotton station"
+"""Of the command that is shown at the end: a composition of the benchmark whose operations never meet in training."""
 
 
 def run(config: RunConfig, arguments: list[str], scale: float, say: Callable[[str], None] = print) -> dict[str, Any]:
