@@ -109,6 +109,9 @@ class DataConfig:
     max_tasks: int | None = None
     """Train on so many of the training tasks only, chosen by the seed, validation tasks apart; a smaller number's tasks
     are among a larger one's."""
+    label_noise: float = 0.0
+    """Share of the training examples that are given the answer of another example of their task, for studies of noisy
+    labels; those of a smaller share are among a larger one's."""
     prompt: Literal["tk_instruct", "plain"] = "tk_instruct"
     """Wording around instruction and input: Tk-Instruct's, or the bare texts joined by a line break."""
     positives: int = 0

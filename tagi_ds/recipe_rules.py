@@ -80,7 +80,7 @@ _NOT_NEGATIVE = (
     "engine.checkpoint_every",
     "evaluation.cost_tasks",
 )
-_SHARES = ("model.dropout", "teachers.validation_share")
+_SHARES = ("model.dropout", "teachers.validation_share", "data.label_noise")
 
 
 def check(config: RunConfig, stage: str) -> None:

@@ -21,6 +21,7 @@ from tagi_ds.config import DataConfig, RunConfig
 from tagi_ds.data import p3, sni
 from tagi_ds.data.examples import Task
 from tagi_ds.data.index_writer import build_index
+from tagi_ds.data.label_noise import with_label_noise
 from tagi_ds.data.remote import is_remote, join
 from tagi_ds.data.selection import Selection, choose_rows, malformed_error
 from tagi_ds.data.task_index import RawTask, TaskIndex
@@ -37,7 +38,7 @@ def training_split(config: DataConfig, seed: int) -> tuple[list[Task], list[Task
 
     Validation tasks are those of `config.validation_split` (at most `config.max_instances` instances each), or
     `config.validation_tasks` tasks that the seed takes out of the training tasks. They do not depend on
-    `config.max_tasks`, which limits what is left to train on.
+    `config.max_tasks`, which limits what is left to train on, and have no part in `config.label_noise`.
 
     Raises:
         UserError: no collection is configured; data are missing or malformed; a task is in both splits; holding out
@@ -62,7 +63,7 @@ def training_split(config: DataConfig, seed: int) -> tuple[list[Task], list[Task
                 f"{min(both)} is in both the training tasks and {config.validation_split}",
                 "name a validation split apart from training",
             )
-        return _limited(train, config.max_tasks, seed), validation
+        return _trained_on(train, config, seed), validation
     if config.validation_tasks >= len(train):
         raise UserError(
             f"data.validation_tasks = {config.validation_tasks} of {len(train)} training tasks leaves none to train on",
@@ -71,17 +72,18 @@ def training_split(config: DataConfig, seed: int) -> tuple[list[Task], list[Task
     names = sorted(task.name for task in train)
     held_out = set(random.Random(f"{seed}/validation").sample(names, config.validation_tasks))
     rest = [task for task in train if task.name not in held_out]
-    return _limited(rest, config.max_tasks, seed), [task for task in train if task.name in held_out]
+    return _trained_on(rest, config, seed), [task for task in train if task.name in held_out]
 
 
-def _limited(train: list[Task], limit: int | None, seed: int) -> list[Task]:
-    """So many of the tasks, in their order.
+def _trained_on(train: list[Task], config: DataConfig, seed: int) -> list[Task]:
+    """As many of the tasks as are wanted, in their order, and with the labels that are wanted.
 
     Raises:
         UserError: there are fewer.
     """
+    limit = config.max_tasks
     if limit is None:
-        return train
+        return with_label_noise(train, config.label_noise, seed)
     if limit > len(train):
         raise UserError(
             f"data.max_tasks is {limit}, and there are {len(train)} training tasks",
@@ -90,7 +92,7 @@ def _limited(train: list[Task], limit: int | None, seed: int) -> list[Task]:
     names = sorted(task.name for task in train)
     random.Random(f"{seed}/tasks").shuffle(names)
     chosen = set(names[:limit])
-    return [task for task in train if task.name in chosen]
+    return with_label_noise([task for task in train if task.name in chosen], config.label_noise, seed)
 
 
 def group_tasks(config: DataConfig, spec: str, seed: int) -> list[Task]:

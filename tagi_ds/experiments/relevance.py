@@ -65,6 +65,7 @@ _TASKS = (
     "data.validation_split",
     "data.validation_tasks",
     "data.max_tasks",
+    "data.label_noise",
     "data.max_instances",
     "data.prompt",
     "data.positives",
