@@ -83,8 +83,8 @@ class TagiObjective:
             "attention_mask": batch.attention_mask,
             "instruction_ids": batch.instruction_ids,
             "instruction_attention_mask": batch.instruction_attention_mask,
-            # As many instructions as examples: each has its own, and nothing needs to be selected.
-            "task_index": None if len(batch.tasks) == len(batch.labels) else batch.task_index,
+            "task_index": batch.runs,
+            "instruction_encoding": batch.instruction_encoding,
             "labels": batch.labels,
         }
 

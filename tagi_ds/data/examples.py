@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tagi_ds.config import Unit
+from tagi_ds.runs import runs_of
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,14 @@ class Batch:
         input_ids, attention_mask: (N, L) int64: the bare input, or instruction + input for concatenating models.
         labels: (N, T) int64.
         instruction_ids, instruction_attention_mask: (U, S) int64, or None for concatenating models.
+        instruction_encoding: (U, S, d), the encoder's output for them where it is kept (see tagi_ds.encodings).
         task_index: (N,) int64: which of the U instructions an example has.
         example_ids: N ids, for the logit store.
         tasks: U task names; units: U teacher units (category or task name), for the parameter store.
         teacher: tensors that a store attached (see tagi_ds.teachers.distillation).
         counts: some of COUNTS, for the metrics.
+        runs: (R,) int64: `task_index` by runs of examples, see :func:`tagi_ds.runs.runs_of`; None: each of the U
+            instructions has one run, in their order. Found while the batch is on the CPU, so that no step waits for it.
     """
 
     input_ids: Tensor
@@ -113,6 +117,16 @@ class Batch:
     units: list[str] = field(default_factory=list)
     teacher: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    instruction_encoding: Tensor | None = None
+    runs: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        index, instructions = self.task_index, self.instruction_ids
+        if index is None or index.device.type != "cpu" or instructions is None:
+            self.runs = index
+            return
+        found = runs_of(index)
+        self.runs = None if torch.equal(found, torch.arange(len(instructions))) else found
 
     @property
     def target_tokens(self) -> int:
@@ -133,4 +147,8 @@ class Batch:
                 return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
             return value
 
-        return Batch(**{key: move(value) for key, value in vars(self).items()})
+        moved = {key: move(value) for key, value in vars(self).items()}
+        runs = moved.pop("runs")
+        batch = Batch(**moved)
+        batch.runs = runs
+        return batch

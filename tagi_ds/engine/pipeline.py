@@ -172,8 +172,17 @@ class PipelineStrategy(Strategy):
 
     def _begin(self, objective: StagedObjective, batches: Sequence[Any], finish: Any) -> None:
         micros = [_micro_batch(objective, batch) for batch in batches]
-        self._stages.encode_instructions(micros, self.dtype, self.ranks.device)
+        # Every stage has the same micro-batches, and so comes to the same answer.
+        if any(micro.instruction is None for micro in micros):
+            self._stages.encode_instructions(micros, self.dtype, self.ranks.device)
         self._stages.begin(micros, finish)
+
+    def encode_instructions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """See `Strategy.encode_instructions`; on every stage of a replica alike."""
+        micro = MicroBatch(ids, mask, None, ids, mask)
+        self._stages.encode_instructions([micro], self.dtype, self.ranks.device)
+        assert micro.instruction is not None
+        return micro.instruction
 
     def _named(self, objective: Objective, terms: Mapping[str, Term] | None) -> list[tuple[str, str | None, float]]:
         """Name, divisor and weight of an objective's terms, which the last stage tells the others once."""
@@ -232,11 +241,12 @@ class PipelineStrategy(Strategy):
 
 def _micro_batch(objective: StagedObjective, batch: Any) -> MicroBatch:
     inputs: Any = objective.inputs(batch)
+    encoded = inputs.pop("instruction_encoding", None)
 
     def align(adapters: Mapping[str, Any]) -> Tensor | None:
         return objective.alignment_errors(adapters, batch, adapters.keys())
 
-    return MicroBatch(**inputs, align=align)
+    return MicroBatch(**inputs, instruction=encoded, align=align)
 
 
 def _staged(objective: Objective) -> StagedObjective:

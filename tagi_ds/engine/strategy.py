@@ -152,6 +152,20 @@ class Strategy(ABC):
         """Terms of batches, without gradients; called on all ranks together, with equally many batches."""
         return [objective(self.model, batch.to(self.ranks.device)) for batch in batches]
 
+    @torch.no_grad()
+    def encode_instructions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What the backbone's encoder makes of instructions; called on all ranks together, equally often.
+
+        Args:
+            ids, mask: (U, S) int64 on this process's device; each replica has instructions of its own.
+
+        Returns:
+            (U, S, d), in the type that computes.
+        """
+        module: Any = self.module
+        encoded: Tensor = module.encode_instructions(ids, mask)
+        return encoded
+
     @abstractmethod
     def step(self, step: int) -> StepOutcome:
         """Clips, steps the optimizer at the schedule's rate and clears the gradients.

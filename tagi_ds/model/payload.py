@@ -23,8 +23,9 @@ class MicroBatch:
         input_ids, attention_mask: (N, L) int64.
         labels: (N, T) int64, -100 where nothing is to be predicted; None for a pass over the encoder alone.
         instruction_ids, instruction_attention_mask: (U, S) int64.
-        task_index: (N,) int64; None as in the model's forward.
-        instruction: (U, S, d) encoded instructions; None: no adapters, no fusion.
+        task_index: (R,) int64, of runs of examples, or None; as in the model's forward.
+        instruction: (U, S, d) encoded instructions, from before or by the step's own pass; None: not yet encoded, and
+            no adapters, no fusion.
         align: what the adapters add to the alignment error; None without that loss.
     """
 

@@ -27,6 +27,7 @@ from tagi_ds.model.configuration import TagiConfig
 from tagi_ds.model.fusion import Fusion, FusionLayer, FusionMemory
 from tagi_ds.model.hypernetwork import Hypernetwork, SiteGroup
 from tagi_ds.model.start import Gather, Starting, fill, whole
+from tagi_ds.runs import runs_of
 
 if TYPE_CHECKING:
     from tagi_ds.model.compiled import CompiledTask
@@ -77,7 +78,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             shared_a=config.a == "shared",
         )
         layers: dict[str, nn.Module] = dict(zip(fusion.blocks, fusion.layers, strict=True)) if fusion else {}
-        install(backbone, sites, config.scaling, layers)
+        install(backbone, sites, config.scaling, layers, config.concatenate)
         self.site_table = sites
         self.generation_config = backbone.generation_config
         self.post_init()
@@ -187,17 +188,45 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The backbone's encoder."""
         return self.backbone.encoder
 
-    def compile_instructions(self, instruction_ids: Tensor, instruction_attention_mask: Tensor) -> TaskState:
+    @property
+    def encoding_is_constant(self) -> bool:
+        """Whether an instruction is encoded alike in every training step: nothing of the encoder trains, no dropout."""
+        trains = any(p.requires_grad for p in self.backbone.encoder.parameters())
+        return not trains and self.backbone.config.dropout_rate == 0
+
+    def encode_instructions(self, instruction_ids: Tensor, instruction_attention_mask: Tensor) -> Tensor:
+        """I (U, S, d) of U instructions (U, S); without a graph where nothing of the encoder trains."""
+        frozen = not any(p.requires_grad for p in self.backbone.encoder.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            encoded: Tensor = self.backbone.encoder(
+                input_ids=instruction_ids, attention_mask=instruction_attention_mask
+            ).last_hidden_state
+        return encoded
+
+    def compile_instructions(
+        self,
+        instruction_ids: Tensor | None,
+        instruction_attention_mask: Tensor,
+        instruction_encoding: Tensor | None = None,
+    ) -> TaskState:
         """What U instructions imply: adapters, fusion memory, decoder memory.
 
         Args:
             instruction_ids, instruction_attention_mask: (U, S) int64.
+            instruction_encoding: (U, S, d) of :meth:`encode_instructions`, kept from before; the ids are then not
+                looked at.
+
+        Raises:
+            ValueError: an encoding from before, of an encoder whose encodings change.
         """
-        frozen = not any(p.requires_grad for p in self.backbone.encoder.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            encoded = self.backbone.encoder(
-                input_ids=instruction_ids, attention_mask=instruction_attention_mask
-            ).last_hidden_state
+        if instruction_encoding is not None and not self.encoding_is_constant:
+            raise ValueError("an encoding kept from before stands for a frozen encoder without dropout alone")
+        if instruction_encoding is None:
+            assert instruction_ids is not None
+            encoded = self.encode_instructions(instruction_ids, instruction_attention_mask)
+        else:
+            encoded = instruction_encoding
+        frozen = not encoded.requires_grad
         # Sharding engines release a module's parameters once the gradient of its inputs is known, and at once where no
         # input needs one: the hypernetwork's input asks for a gradient so that its parameters stay for its backward.
         source = encoded.detach().requires_grad_() if frozen and torch.is_grad_enabled() else encoded
@@ -205,25 +234,22 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return TaskState(adapters, fusion, encoded, instruction_attention_mask)
 
     def encode_input(self, input_ids: Tensor, attention_mask: Tensor, state: TaskState) -> tuple[Tensor, Tensor]:
-        """The decoder's memory [I ; F] and its mask, for N inputs.
+        """F of N inputs, and the mask of what the decoder attends to: [I ; F], of which the state has I.
 
         Args:
             input_ids, attention_mask: (N, L) int64.
             state: of the N examples (its index set).
 
         Returns:
-            (N, S + L, d) and (N, S + L); without concatenation (N, L, d) and (N, L).
+            (N, L, d) and (N, S + L); without concatenation (N, L, d) and (N, L).
         """
         encoded = self.backbone.encoder(
             input_ids=input_ids, attention_mask=attention_mask, **{STATE_KEYWORD: state}
         ).last_hidden_state
         if not self.config.concatenate:
             return encoded, attention_mask
-        assert state.memory is not None
         assert state.mask is not None
-        rows = input_ids.shape[0]
-        memory = torch.cat([state.select(state.memory, rows).to(encoded.dtype), encoded], dim=1)
-        return memory, torch.cat([state.select(state.mask, rows), attention_mask], dim=1)
+        return encoded, torch.cat([state.spread(state.mask, len(input_ids)), attention_mask], dim=1)
 
     def forward(
         self,
@@ -232,6 +258,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         instruction_ids: Tensor | None = None,
         instruction_attention_mask: Tensor | None = None,
         task_index: Tensor | None = None,
+        instruction_encoding: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         state: TaskState | None = None,
@@ -243,23 +270,25 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Logits for N examples of U tasks.
 
         Args:
-            input_ids, attention_mask: (N, L); with `encoder_outputs`, the mask of that memory.
+            input_ids, attention_mask: (N, L); with `encoder_outputs`, the mask of :meth:`encode_input`.
             instruction_ids, instruction_attention_mask: (U, S), unless `state` is given.
-            task_index: (N,), which instruction each example has; None: the only one (U = 1), or each its own (U = N).
+            task_index: (R,), which instruction each run of N / R examples has, one by one where R = N; None: the U
+                instructions in order, N / U examples each, or what `state` says.
+            instruction_encoding: (U, S, d), see :meth:`compile_instructions`.
             decoder_input_ids: (N, T); by default `labels` shifted right.
             labels: (N, T), -100 where nothing is to be predicted.
             state: of :meth:`compile_instructions`.
-            encoder_outputs: the memory of :meth:`encode_input`.
+            encoder_outputs: F of :meth:`encode_input`.
             past_key_values, use_cache: as in transformers.
 
         Returns:
             logits (N, T, vocabulary) and the state.
         """
         if state is None:
-            assert instruction_ids is not None
             assert instruction_attention_mask is not None
-            state = self.compile_instructions(instruction_ids, instruction_attention_mask)
-        state = state.at(task_index)
+            state = self.compile_instructions(instruction_ids, instruction_attention_mask, instruction_encoding)
+        if task_index is not None:
+            state = state.at(task_index)
         if encoder_outputs is None:
             assert input_ids is not None
             assert attention_mask is not None
@@ -303,7 +332,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask: (N, L).
             instruction_ids, instruction_attention_mask: (U, S), unless `task` is given.
-            task_index: (N,), which instruction each input has; None as in :meth:`forward`.
+            task_index: (N,), which instruction each input has; None: the U instructions in order, N / U inputs each.
             task: a compiled task; the instruction is then not touched.
             settings: of ``GenerationMixin.generate`` (``num_beams``, ``do_sample``, ``max_new_tokens``, ...).
         """
@@ -316,17 +345,15 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             state = self.compile_instructions(instruction_ids, instruction_attention_mask)
         else:
             state = task if isinstance(task, TaskState) else task.state
-        if task_index is None:
-            assert state.mask is not None
-            tasks, rows = len(state.mask), torch.arange(len(input_ids), device=input_ids.device)
-            task_index = rows if tasks == len(rows) else torch.zeros_like(rows)
-        memory, memory_mask = self.encode_input(input_ids, attention_mask, state.at(task_index))
-        # Beams and samples repeat task_index with the other tensors.
+            # Who gives a task gives it again.
+            state.kept = {} if state.kept is None else state.kept
+        # Beams and samples make every run longer, which needs no other index.
+        state = state.at(None if task_index is None else runs_of(task_index))
+        memory, memory_mask = self.encode_input(input_ids, attention_mask, state)
         return super().generate(  # type: ignore[misc, return-value]
             encoder_outputs=BaseModelOutput(last_hidden_state=memory),
             attention_mask=memory_mask,
             state=state,
-            task_index=task_index,
             **settings,
         )
 
