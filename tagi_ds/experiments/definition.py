@@ -38,6 +38,7 @@ class Variant:
         title: of the row.
         without: stages of the method that are left out.
         compute_of: another variant of the part; `engine.steps` is then what makes both cost the same in training.
+        logit_teacher_of: another variant of the part, meta-trained as a whole: its model is the logit teacher.
         fields: laid over everything else.
     """
 
@@ -46,6 +47,7 @@ class Variant:
     title: str
     without: tuple[str, ...] = ()
     compute_of: str | None = None
+    logit_teacher_of: str | None = None
     fields: Tree = field(default_factory=dict)
 
 

@@ -65,8 +65,13 @@ class _Planner:
 
         def add(variant: Variant, seed: int) -> Cell:
             if (variant.name, seed) not in cells:
-                price = () if variant.compute_of is None else add(part.variants[variant.compute_of], seed).training
-                cells[variant.name, seed] = self._cell(part, variant, seed, price)
+                price: tuple[str, ...] = ()
+                if variant.compute_of is not None:
+                    price = add(part.variants[variant.compute_of], seed).training
+                teacher = None
+                if variant.logit_teacher_of is not None:
+                    teacher = add(part.variants[variant.logit_teacher_of], seed).trained
+                cells[variant.name, seed] = self._cell(part, variant, seed, price, teacher)
             return cells[variant.name, seed]
 
         # All variants of one seed before the next seed: a study that is cut short has whole comparisons.
@@ -74,9 +79,12 @@ class _Planner:
             for variant in part.variants.values():
                 self.plan.cells.append(add(variant, seed))
 
-    def _cell(self, part: Part, variant: Variant, seed: int, price_of: tuple[str, ...]) -> Cell:
+    def _cell(
+        self, part: Part, variant: Variant, seed: int, price_of: tuple[str, ...], logit_teacher: str | None
+    ) -> Cell:
         approach = APPROACHES[variant.method]
-        chain = _Chain(self, variant, approach, seed, self.tuned.get(variant.method, {}), price_of)
+        teacher = None if logit_teacher is None else self.plan.nodes[logit_teacher]
+        chain = _Chain(self, variant, approach, seed, self.tuned.get(variant.method, {}), price_of, teacher)
         try:
             trained, evaluated = chain.trained() if approach.trained_in else None, chain.evaluated()
         except UserError as error:
@@ -187,9 +195,10 @@ class _Chain:
         seed: int,
         tuned: Mapping[str, Any],
         price_of: tuple[str, ...] = (),
+        logit_teacher: Node | None = None,
     ) -> None:
         self.planner, self.variant, self.approach, self.seed = planner, variant, approach, seed
-        self.tuned, self.price_of = tuned, price_of
+        self.tuned, self.price_of, self.logit_teacher = tuned, price_of, logit_teacher
 
     def fields(self, stage: str) -> dict[str, Any]:
         """What the study, the method, the tuning and the variant set for a stage."""
@@ -242,8 +251,9 @@ class _Chain:
         loss = self.finetuning().loss
         logits = teachers = None
         backbone = self._backbone_link()
+        teacher = None if self.logit_teacher is None else (str(self.logit_teacher.model), self.logit_teacher)
         if loss.kl > 0 and loss.logits == "store" and loss.logit_store is None:
-            store = self.launch("store_logits", model__backbone=backbone)
+            store = self.launch("store_logits", model__backbone=backbone, teachers__logit_teacher=teacher)
             logits = (str(store.run_dir / "store"), store)
         if loss.alignment and loss.parameter_store is None:
             store = self.launch("train_teachers", model__backbone=backbone)
@@ -253,6 +263,7 @@ class _Chain:
             label,
             model__backbone=backbone,
             model__initial=start,
+            teachers__logit_teacher=teacher,
             loss__logit_store=logits,
             loss__parameter_store=teachers,
         )

@@ -81,10 +81,12 @@ def _part(name: str, value: Any, place: str) -> Part:
         for key, entry in _table(tree["variants"], f"{place}.variants").items()
     }
     for variant in variants.values():
+        others = [name for name in variants if name != variant.name]
         if variant.compute_of is not None:
-            _one_of(
-                variant.compute_of, [v for v in variants if v != variant.name], f"{place}: {variant.name}.compute_of"
-            )
+            _one_of(variant.compute_of, others, f"{place}: {variant.name}.compute_of")
+        if variant.logit_teacher_of is not None:
+            teachers = [name for name in others if variants[name].method == "meta_training"]
+            _one_of(variant.logit_teacher_of, teachers, f"{place}: {variant.name}.logit_teacher_of")
     reference = _one_of(tree["reference"], variants, f"{place}.reference")
     title = _typed(tree.get("title", name), str, f"{place}.title")
     return Part(name, title, _seeds(tree["seeds"], place), reference, variants)
@@ -92,17 +94,20 @@ def _part(name: str, value: Any, place: str) -> Part:
 
 def _variant(name: str, value: Any, place: str) -> Variant:
     tree = _table(value, place)
-    _known(tree, ("method", "title", "without", "compute_of", "set"), place, needed=("method",))
+    _known(tree, ("method", "title", "without", "compute_of", "logit_teacher_of", "set"), place, needed=("method",))
     method = _one_of(tree["method"], APPROACHES, f"{place}.method")
     without = _typed(tree.get("without", []), list, f"{place}.without")
     for stage in without:
         _one_of(stage, OPTIONAL_STAGES, f"{place}.without")
     if tree.get("compute_of") is not None and APPROACHES[method].trained_in != "meta_train":
         raise UserError(f"{place}: compute_of with the method {method}", "only meta-training is given others' compute")
+    if tree.get("logit_teacher_of") is not None and method != "tagi":
+        raise UserError(f"{place}: logit_teacher_of with the method {method}", "only TAGI learns from distributions")
     check_fields(tree.get("set"), f"{place}.set")
     default = APPROACHES[method].title if name == method else name.replace("_", " ")
     title = _typed(tree.get("title", default), str, f"{place}.title")
-    return Variant(name, method, title, tuple(without), tree.get("compute_of"), tree.get("set") or {})
+    links = tree.get("compute_of"), tree.get("logit_teacher_of")
+    return Variant(name, method, title, tuple(without), *links, tree.get("set") or {})
 
 
 def _tuning(value: Any, place: str) -> Tuning:

@@ -61,6 +61,8 @@ def part(**variants: Any) -> dict[str, Any]:
         ({"parts": part(other={"method": "tagi", "without": ["finetune"]})}, "'finetune' is unknown"),
         ({"parts": part(other={"method": "tagi", "compute_of": "tagi"})}, "only meta-training"),
         ({"parts": part(other={"method": "meta_training", "compute_of": "hint"})}, "'hint' is unknown"),
+        ({"parts": part(other={"method": "hint", "logit_teacher_of": "tagi"})}, "only TAGI learns from distributions"),
+        ({"parts": part(other={"method": "tagi", "logit_teacher_of": "tagi"})}, "logit_teacher_of: 'tagi' is unknown"),
         ({"parts": {"main": {"seeds": [0, 0], "reference": "tagi", "variants": VARIANTS}}}, "seeds"),
         ({"parts": {"main": {"seeds": [0], "reference": "tagy", "variants": VARIANTS}}}, "did you mean tagi"),
         ({"parts": {"a b": {"seeds": [0], "reference": "tagi", "variants": VARIANTS}}}, "is no name"),
@@ -309,3 +311,18 @@ def test_the_miniature_records_the_benchmarks_own_lengths() -> None:
     assert own[1] == round(words([instance["input"] for instance in instances]))
     assert own[2] == round(words([instance["output"][0] for instance in instances]))
     assert own[0] == round(words([task["Definition"][0] for task in tasks]))
+
+
+def test_a_variant_learns_from_the_model_of_another(tmp_path: Path) -> None:
+    taught = {"method": "tagi", "logit_teacher_of": "meta"}
+    plan = plan_study(study_of(tmp_path, parts=part(taught=taught, meta={"method": "meta_training"})), ["main"])
+    meta, student = trained(plan, "meta"), trained(plan, "taught")
+    assert student.config is not None
+    store = next(plan.nodes[name] for name in student.needs if plan.nodes[name].stage == "store_logits")
+    assert store.config is not None
+    assert {store.config.teachers.logit_teacher, student.config.teachers.logit_teacher} == {str(meta.model)}
+    assert meta.name in store.needs
+    # Its compute is counted, and the plain variant has a store of its own.
+    assert meta.name in cell_of(plan, "taught").training
+    assert meta.name not in cell_of(plan, "tagi").training
+    assert store.name not in trained(plan, "tagi").needs
