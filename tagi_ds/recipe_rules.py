@@ -197,6 +197,17 @@ def _for_stage(config: RunConfig, stage: str) -> Iterator[tuple[str, str]]:
             f"engine.epochs {config.engine.epochs} in pretraining: a stream of documents has no length",
             "give pretraining engine.steps, and move engine.epochs under stages.finetune.engine",
         )
+    if stage == "pretrain" and config.engine.instruction_cache == "on":
+        yield (
+            "engine.instruction_cache on in pretraining: every instruction is a new one",
+            "move it under stages.finetune.engine",
+        )
+    if stage == "finetune" and config.engine.instruction_cache == "on" and config.model.also_train != "nothing":
+        yield (
+            f"engine.instruction_cache on with model.also_train {config.model.also_train}: an encoder that trains "
+            "encodes an instruction differently in every step",
+            "set engine.instruction_cache auto, or model.also_train nothing",
+        )
     if stage == "pretrain" and (loss.kl != 0 or loss.alignment != 0):
         yield (
             f"loss.kl {loss.kl} and loss.alignment {loss.alignment} in pretraining: the corpus has no teachers",

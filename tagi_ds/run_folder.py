@@ -48,6 +48,7 @@ _FREE = frozenset(
         "engine.nvme_path",
         "engine.accumulation",
         "engine.activation_checkpointing",
+        "engine.instruction_cache",
         "teachers.claim_timeout_s",
         # One folder takes any number of conversions.
         *(f"convert.{field.name}" for field in dataclasses.fields(ConvertConfig)),

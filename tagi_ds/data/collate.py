@@ -118,6 +118,10 @@ class Collator:
         """Token ids (length,) int32 with the end token last, cut to the configured length of its kind."""
         return self._encoders[kind](text).ids
 
+    def instruction_ids(self, task: Task, paraphrase: int) -> np.ndarray:
+        """Token ids (length,) int32 of one wording of a task's instruction, as every batch has them."""
+        return self.encode(self._instruction(TaskChunk(task, paraphrase, (), ()))[0], "instruction")
+
     def _instruction(self, chunk: TaskChunk) -> tuple[str, str]:
         """The text that fits, and the one with all demonstrations."""
         asked = (chunk.task, chunk.paraphrase, self.config)

@@ -24,6 +24,7 @@ CIRCUMSTANCES = (
     "engine.nvme_path",
     "engine.accumulation",
     "engine.activation_checkpointing",
+    "engine.instruction_cache",
     "engine.peak_tflops",
     "engine.log_every",
     "engine.checkpoint_every",
