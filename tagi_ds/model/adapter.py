@@ -11,11 +11,13 @@ not do: transformers keeps those outside the recomputed region.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from tagi_ds.model.instruction_front import InstructionFront
 
 STATE_KEYWORD = "tagi_state"
 ATTENTION_KINDS = ("q", "k", "v", "o")
@@ -60,7 +62,10 @@ class TaskState:
         fusion: encoder block name -> (keys, values), each (U, heads, S, head width); empty without fusion.
         memory: (U, S, d) encoded instructions I.
         mask: (U, S) int64, 1 on real instruction tokens.
-        index: (N,) int64, which instruction each example of the batch has; None: the only one, or each its own.
+        index: (R,) int64, which instruction each of R runs of examples has; None: the U instructions in order. A batch
+            of N examples is R runs of N / R each, in order.
+        kept: module name -> (U, S, width), what a module of the decoder's cross-attention makes of I; filled without
+            gradients where it is a dictionary, for tasks that answer more than once. None: nothing is kept.
     """
 
     adapters: dict[str, LowRank]
@@ -68,17 +73,24 @@ class TaskState:
     memory: Tensor | None = None
     mask: Tensor | None = None
     index: Tensor | None = None
+    kept: dict[str, Tensor] | None = None
 
     def at(self, index: Tensor | None) -> TaskState:
-        """The same state for a batch whose examples have the tasks `index` (N,)."""
-        return TaskState(self.adapters, self.fusion, self.memory, self.mask, index)
+        """The same state for a batch whose runs of examples have the tasks `index` (R,)."""
+        return replace(self, index=index)
 
-    def select(self, tensor: Tensor, batch: int) -> Tensor:
-        """Rows (N, ...) of a per-task tensor (U, ...) for the `batch` = N examples."""
-        if self.index is None:
-            # Nothing to select where every example has its own instruction; a gather would cost its backward too.
-            return tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
-        return tensor.index_select(0, self.index)
+    def select(self, tensor: Tensor) -> Tensor:
+        """Rows (R, ...) of a per-task tensor (U, ...) for the batch's runs; where every task is one, the tensor itself.
+
+        A gather would cost a copy of every task's factors, and its backward as much again.
+        """
+        return tensor if self.index is None else tensor.index_select(0, self.index)
+
+    def spread(self, tensor: Tensor, examples: int) -> Tensor:
+        """Rows (N, ...) of a per-task tensor (U, ...) for `examples` = N of them, copied."""
+        rows = self.select(tensor)
+        each = rows[:, None].expand(-1, examples // rows.shape[0], *rows.shape[1:])
+        return each.flatten(0, 1)
 
 
 def find_sites(backbone: nn.Module, kinds: Iterable[str]) -> list[Site]:
@@ -108,21 +120,23 @@ def find_sites(backbone: nn.Module, kinds: Iterable[str]) -> list[Site]:
     return sites
 
 
-def low_rank_update(x: Tensor, adapter: LowRank, state: TaskState, scaling: float) -> Tensor:
-    """scaling · B·A·x for every example with its own task's factors.
+def add_low_rank(output: Tensor, x: Tensor, adapter: LowRank, scaling: float) -> Tensor:
+    """output + scaling · B·A·x, each run of examples with its own factors: one product over all tokens of a run.
 
     Args:
-        x: (N, L, d_in).
-        adapter: the site's factors for U tasks.
-        state: whose index says which task an example has.
+        output: (N, L, d_out), the linear's.
+        x: (N, L, d_in), its input.
+        adapter: factors of R runs, of N / R examples each.
         scaling: LoRA's alpha / r.
 
     Returns:
         (N, L, d_out).
     """
-    a = state.select(adapter.a, x.shape[0]).to(x.dtype)
-    b = state.select(adapter.b, x.shape[0]).to(x.dtype)
-    return torch.matmul(torch.matmul(x, a.transpose(1, 2)) * scaling, b.transpose(1, 2))
+    runs = adapter.a.shape[0]
+    a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
+    down = torch.bmm(x.reshape(runs, -1, x.shape[-1]), a.transpose(1, 2))
+    updated = torch.baddbmm(output.reshape(runs, -1, output.shape[-1]), down, b.transpose(1, 2), alpha=scaling)
+    return updated.view(output.shape)
 
 
 class BlockAdapter:
@@ -134,10 +148,17 @@ class BlockAdapter:
         scaling: LoRA's alpha / r.
         fusion: called as fusion(hidden, keys, values, mask) after the block's self-attention; None for no fusion.
         name: the block's dotted name, the key into ``TaskState.fusion``.
+        concatenate: whether a decoder block, given F, attends to [I ; F].
     """
 
     def __init__(
-        self, block: nn.Module, name: str, sites: Mapping[str, nn.Module], scaling: float, fusion: nn.Module | None
+        self,
+        block: nn.Module,
+        name: str,
+        sites: Mapping[str, nn.Module],
+        scaling: float,
+        fusion: nn.Module | None,
+        concatenate: bool = False,
     ) -> None:
         self.name, self.scaling, self.fusion = name, scaling, fusion
         self.state: TaskState | None = None
@@ -150,6 +171,25 @@ class BlockAdapter:
             module.register_forward_hook(self._adapt(site))
         if fusion is not None:
             layers[0].register_forward_hook(self._fuse)
+        if concatenate:
+            for at, layer in enumerate(layers[1:-1], start=1):
+                InstructionFront(self, layer.EncDecAttention, f"{name}.layer.{at}.EncDecAttention")
+
+    def adapt(self, site: str, x: Tensor, output: Tensor, by_task: bool = False) -> Tensor:
+        """A site's output (N, L, d_out) with its update; as it is where the state has none for it.
+
+        Args:
+            site: its dotted name.
+            x: (N, L, d_in), its input.
+            output: of the linear alone.
+            by_task: the rows are the U instructions rather than the batch's examples.
+        """
+        if self.state is None or site not in self.state.adapters:
+            return output
+        a, b = self.state.adapters[site]
+        if not by_task:
+            a, b = self.state.select(a), self.state.select(b)
+        return add_low_rank(output, x, LowRank(a, b), self.scaling)
 
     def _enter(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
@@ -164,26 +204,28 @@ class BlockAdapter:
 
     def _adapt(self, site: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self.state is None or site not in self.state.adapters:
-                return output
-            return output + low_rank_update(args[0], self.state.adapters[site], self.state, self.scaling)
+            return self.adapt(site, args[0], output)
 
         return hook
 
     def _fuse(self, _: nn.Module, args: tuple, output: tuple) -> tuple:
         if self.state is None or self.name not in self.state.fusion or self.fusion is None:
             return output
-        hidden, rows = output[0], output[0].shape[0]
-        keys, values = (self.state.select(t, rows) for t in self.state.fusion[self.name])
+        keys, values = (self.state.select(t) for t in self.state.fusion[self.name])
         assert self.state.mask is not None
-        return self.fusion(hidden, keys, values, self.state.select(self.state.mask, rows)), *output[1:]
+        return self.fusion(output[0], keys, values, self.state.select(self.state.mask)), *output[1:]
 
 
 def install(
-    backbone: nn.Module, sites: list[Site], scaling: float, fusion: Mapping[str, nn.Module] | None = None
+    backbone: nn.Module,
+    sites: list[Site],
+    scaling: float,
+    fusion: Mapping[str, nn.Module] | None = None,
+    concatenate: bool = False,
 ) -> list[BlockAdapter]:
     """Makes every block of `backbone` answer to a handed-down state, those without a site or a fusion layer by taking
-    it off: transformers hands it to all of them.
+    it off: transformers hands it to all of them. With `concatenate` the decoder, given F and a mask of S + L, attends
+    to [I ; F].
 
     Returns the hooks' owners; parameter names and modules of the backbone stay as they are.
     """
@@ -197,6 +239,7 @@ def install(
             {site.name: modules[site.name] for site in sites if site.block == block},
             scaling,
             fusion.get(block),
+            concatenate,
         )
         for block in blocks
     ]

@@ -59,23 +59,23 @@ class FusionLayer(nn.Module):
         return {"norm.weight": ONE, "q.weight": query, "o.weight": output}
 
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """One fusion step.
+        """One fusion step; the tokens of a run of examples of one task attend as one sequence.
 
         Args:
             hidden: (N, L, d), S_l.
-            keys, values: (N, heads, S, head width).
-            mask: (N, S), 1 on real instruction tokens.
+            keys, values: (R, heads, S, head width), of R runs of N / R examples each.
+            mask: (R, S), 1 on real instruction tokens.
 
         Returns:
             (N, L, d), F_l.
         """
         query = self.q(hidden if self.post else self.norm(hidden))
-        query = query.view(*hidden.shape[:2], self.heads, self.head_width).transpose(1, 2)
+        query = query.view(keys.shape[0], -1, self.heads, self.head_width).transpose(1, 2)
         # Scores are not scaled: T5 folds the factor into its weights, whose values these projections may start from.
         attended = functional.scaled_dot_product_attention(
             query, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask[:, None, None, :].bool(), scale=1.0
         )
-        update = self.o(attended.transpose(1, 2).flatten(2))
+        update = self.o(attended.transpose(1, 2).reshape(*hidden.shape[:2], -1))
         return self.norm(hidden + update) if self.post else hidden + update
 
 

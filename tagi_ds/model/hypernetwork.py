@@ -113,7 +113,8 @@ class BlockGenerator(nn.Module):
         for group in self.groups:
             a, b = group(instruction, mask)
             names: list[str] = group.names  # type: ignore[assignment]
-            adapters.update({name: LowRank(a[:, i], b[:, i]) for i, name in enumerate(names)})
+            # Not one by one: the backward of each index would fill a tensor of the group's size with zeros.
+            adapters.update(zip(names, map(LowRank, a.unbind(1), b.unbind(1)), strict=True))
         return adapters
 
 

@@ -171,12 +171,11 @@ class DecoderBlock(_Block):
 
     def _attend(self, payload: Payload, micro: MicroBatch, state: TaskState) -> None:
         assert payload.memory is not None
-        assert state.memory is not None
         assert state.mask is not None
-        memory, mask, rows = payload.memory, micro.attention_mask, len(micro.input_ids)
+        memory, mask = payload.memory, micro.attention_mask
         if self.concatenate:
-            memory = torch.cat([state.select(state.memory, rows).to(memory.dtype), memory], dim=1)
-            mask = torch.cat([state.select(state.mask, rows), mask], dim=1)
+            # The hooks at the block's cross-attention put I before F.
+            mask = torch.cat([state.spread(state.mask, len(mask)), mask], dim=1)
         shared: dict[str, Any] = {"config": self.config, "inputs_embeds": payload.hidden}
         payload.mask = create_causal_mask(**shared, attention_mask=None, past_key_values=None)
         payload.cross_mask = create_bidirectional_mask(**shared, attention_mask=mask, encoder_hidden_states=memory)

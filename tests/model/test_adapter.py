@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tagi_ds.data.examples import Batch
-from tagi_ds.model.adapter import STATE_KEYWORD, LowRank, Site, TaskState, find_sites, install, low_rank_update
+from tagi_ds.model.adapter import STATE_KEYWORD, LowRank, Site, TaskState, add_low_rank, find_sites, install
 from tagi_ds.model.backbone import load_backbone
 
 RANK, ALPHA = 3, 7.0
@@ -77,9 +77,9 @@ def test_one_linear_by_hand() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(6, 5, bias=False), torch.randn(2, 3, 6)
     adapter = LowRank(torch.randn(1, RANK, 6), torch.randn(1, 5, RANK))
-    update = low_rank_update(x, adapter, TaskState({}), ALPHA / RANK)
+    adapted = add_low_rank(linear(x), x, adapter, ALPHA / RANK)
     merged = linear.weight + ALPHA / RANK * adapter.b[0] @ adapter.a[0]
-    torch.testing.assert_close(linear(x) + update, x @ merged.T)
+    torch.testing.assert_close(adapted, x @ merged.T)
 
 
 def test_unknown_and_absent_sites_are_refused(tiny_backbone: PreTrainedModel) -> None:
