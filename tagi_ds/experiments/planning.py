@@ -12,10 +12,11 @@ from typing import Any
 
 from tagi_ds.config import RunConfig
 from tagi_ds.errors import UserError
-from tagi_ds.experiments.definition import Part, Study, Variant, leaves
+from tagi_ds.experiments.chain import Chain
+from tagi_ds.experiments.definition import Part, Study, Variant
 from tagi_ds.experiments.nodes import BENCHMARK, NODES_FOLDER, Cell, Node, Plan, Trial
-from tagi_ds.experiments.relevance import CIRCUMSTANCES, matters, relevant_fields
-from tagi_ds.methods import APPROACHES, NO_FINETUNING, UNTRAINED, Approach
+from tagi_ds.experiments.relevance import goes_to, relevant_fields
+from tagi_ds.methods import APPROACHES
 from tagi_ds.recipe import configured, read_recipe, resolve, typed_flags
 from tagi_ds.recipe_rules import check
 
@@ -35,7 +36,7 @@ def plan_study(study: Study, parts: Sequence[str], tuning: bool = False, tuned: 
     Raises:
         UserError: fields that are unknown or do not fit together; the text names the variant.
     """
-    planner = _Planner(study, tuned or {})
+    planner = Planner(study, tuned or {})
     if tuning and study.tuning is not None:
         planner.add_trials()
     for name in parts:
@@ -43,7 +44,9 @@ def plan_study(study: Study, parts: Sequence[str], tuning: bool = False, tuned: 
     return planner.plan
 
 
-class _Planner:
+class Planner:
+    """Plans variant by variant; what is the same is planned once."""
+
     def __init__(self, study: Study, tuned: Tuned) -> None:
         self.study, self.tuned = study, tuned
         self.plan = Plan()
@@ -57,7 +60,7 @@ class _Planner:
             for point in points(tuning.grid):
                 for seed in tuning.seeds:
                     variant = Variant(method, method, method)
-                    chain = _Chain(self, variant, APPROACHES[method], seed, dict(point))
+                    chain = Chain(self, variant, APPROACHES[method], seed, dict(point))
                     self.plan.trials.append(Trial(method, point, seed, chain.trained().name))
 
     def add_part(self, part: Part) -> None:
@@ -84,7 +87,7 @@ class _Planner:
     ) -> Cell:
         approach = APPROACHES[variant.method]
         teacher = None if logit_teacher is None else self.plan.nodes[logit_teacher]
-        chain = _Chain(self, variant, approach, seed, self.tuned.get(variant.method, {}), price_of, teacher)
+        chain = Chain(self, variant, approach, seed, self.tuned.get(variant.method, {}), price_of, teacher)
         try:
             trained, evaluated = chain.trained() if approach.trained_in else None, chain.evaluated()
         except UserError as error:
@@ -119,7 +122,7 @@ class _Planner:
             wired: field -> its value, and the node that leaves what it names.
             price_of: see :class:`Node`.
         """
-        own = {key: value for key, value in fields.items() if key not in wired and _goes_to(key, stage)}
+        own = {key: value for key, value in fields.items() if key not in wired and goes_to(key, stage)}
         if "model.backbone" in own and own["model.backbone"] is None:
             del own["model.backbone"]
         config = dataclasses.replace(self.config(stage, own, wired), seed=seed)
@@ -184,131 +187,12 @@ class _Planner:
         return self.plan.nodes[name]
 
 
-class _Chain:
-    """The launches from data to an evaluated model for one variant and seed."""
-
-    def __init__(
-        self,
-        planner: _Planner,
-        variant: Variant,
-        approach: Approach,
-        seed: int,
-        tuned: Mapping[str, Any],
-        price_of: tuple[str, ...] = (),
-        logit_teacher: Node | None = None,
-    ) -> None:
-        self.planner, self.variant, self.approach, self.seed = planner, variant, approach, seed
-        self.tuned, self.price_of, self.logit_teacher = tuned, price_of, logit_teacher
-
-    def fields(self, stage: str) -> dict[str, Any]:
-        """What the study, the method, the tuning and the variant set for a stage."""
-        fields = leaves(self.planner.study.fields, stage) | dict(self.approach.settings)
-        if stage == "finetune":
-            fields |= self.approach.finetuning
-        if stage == self.approach.trained_in:
-            fields |= self.tuned
-        return fields | leaves(self.variant.fields, stage)
-
-    def finetuning(self) -> RunConfig:
-        """The configuration of the stage `finetune`, as far as no other node decides it."""
-        fields = self.fields("finetune")
-        return self.planner.config("finetune", {key: v for key, v in fields.items() if _goes_to(key, "finetune")}, {})
-
-    def launch(self, stage: str, label: str = "", price_of: tuple[str, ...] = (), **wired: Any) -> Node:
-        """A node of this chain; `wired` names fields with __ for the dot, each a value and the node behind it."""
-        links = {key.replace("__", "."): value for key, value in wired.items() if value is not None}
-        return self.planner.node(stage, label, self.seed, self.fields(stage), {**self.data(), **links}, price_of)
-
-    def data(self) -> dict[str, tuple[Any, Node | None]]:
-        """The benchmark's folders. Every launch is told of both: the default recipe's would write its own otherwise."""
-        benchmark = self.planner.benchmark
-        if benchmark is None:
-            return {}
-        corpus = str(benchmark.run_dir / "c4" / "en")
-        return {"data.sni_dir": (str(benchmark.run_dir), benchmark), "data.c4_dir": (corpus, benchmark)}
-
-    def backbone(self) -> Node | None:
-        """What trains the backbone, where the recipe names none."""
-        named = self.finetuning().model.backbone
-        return None if named is not None else self.launch("backbone")
-
-    def _backbone_link(self) -> tuple[str, Node] | None:
-        node = self.backbone()
-        return None if node is None else (str(node.model), node)
-
-    def trained(self) -> Node:
-        """The node whose run is the model."""
-        if self.approach.trained_in == "meta_train":
-            kind = "lora" if self.fields("meta_train").get("model.meta_lora") else "whole"
-            if self.price_of and self.backbone() is None:
-                raise UserError(
-                    "compute_of needs a backbone that the study trains, whose steps tell what one costs",
-                    "leave compute_of out, and give engine.steps",
-                )
-            return self.launch("meta_train", kind, self.price_of, model__backbone=self._backbone_link())
-        label = str(self.fields("finetune")["model.method"])
-        start = self._pretrained(label)
-        loss = self.finetuning().loss
-        logits = teachers = None
-        backbone = self._backbone_link()
-        teacher = None if self.logit_teacher is None else (str(self.logit_teacher.model), self.logit_teacher)
-        if loss.kl > 0 and loss.logits == "store" and loss.logit_store is None:
-            store = self.launch("store_logits", model__backbone=backbone, teachers__logit_teacher=teacher)
-            logits = (str(store.run_dir / "store"), store)
-        if loss.alignment and loss.parameter_store is None:
-            store = self.launch("train_teachers", model__backbone=backbone)
-            teachers = (str(store.run_dir / "store"), store)
-        return self.launch(
-            "finetune",
-            label,
-            model__backbone=backbone,
-            model__initial=start,
-            teachers__logit_teacher=teacher,
-            loss__logit_store=logits,
-            loss__parameter_store=teachers,
-        )
-
-    def _pretrained(self, label: str) -> tuple[str, Node] | None:
-        if not self.approach.pretraining or "pretrain" in self.variant.without:
-            return None
-        node = self.launch("pretrain", label, model__backbone=self._backbone_link())
-        return str(node.run_dir), node
-
-    def evaluated(self) -> Node:
-        """The node that evaluates the model."""
-        backbone = self._backbone_link()
-        if self.variant.method == UNTRAINED:
-            source: tuple[Any, Node | None] = ({UNTRAINED: UNTRAINED}, None)
-            return self.launch("evaluate", UNTRAINED, evaluation__methods=source, model__backbone=backbone)
-        if self.variant.method == NO_FINETUNING:
-            name = self.finetuning().model.backbone
-            path, node = backbone if backbone is not None else (str(name), None)
-            link = ({NO_FINETUNING: path}, node)
-            return self.launch("evaluate", NO_FINETUNING, evaluation__methods=link, model__backbone=backbone)
-        trained = self.trained()
-        if trained.stage == "finetune":
-            converted = self.launch("convert", trained.name.split("-")[1], convert__run=(str(trained.run_dir), trained))
-        else:
-            converted = trained
-        label = "-".join(trained.name.split("-")[:2])
-        link = ({label: str(converted.model)}, converted)
-        return self.launch("evaluate", label, evaluation__methods=link, model__backbone=backbone)
-
-
 def points(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str, Any], ...]]:
     """Every combination of a grid's values, as (field, value) pairs."""
     found: list[tuple[tuple[str, Any], ...]] = [()]
     for key, values in grid.items():
         found = [(*point, (key, value)) for point in found for value in values]
     yield from found
-
-
-def _goes_to(key: str, stage: str) -> bool:
-    """Whether a launch is told of a field: it matters, or it says how the launch is run."""
-    return key not in _OF_THE_STUDY and (matters(key, stage) or key in CIRCUMSTANCES)
-
-
-_OF_THE_STUDY = ("seed", "scale", "study_dir", "output_dir", "data.index_dir")
 
 
 def _text(value: Any) -> str:

@@ -132,6 +132,15 @@ def matters(key: str, stage: str) -> bool:
     return key in _KEPT.get(stage, ()) or not (key in named or key.partition(".")[0] in named)
 
 
+def goes_to(key: str, stage: str) -> bool:
+    """Whether a launch is told of a field: it matters, or it says how the launch is run."""
+    return key not in _OF_THE_STUDY and (matters(key, stage) or key in CIRCUMSTANCES)
+
+
+_OF_THE_STUDY = ("seed", "scale", "study_dir", "output_dir", "data.index_dir")
+"""What the plan itself gives every launch."""
+
+
 def relevant_fields(config: RunConfig, stage: str) -> dict[str, Any]:
     """The fields of a resolved configuration that matter to a stage and are not at their default, by dotted name.
 
