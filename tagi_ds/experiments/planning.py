@@ -54,6 +54,7 @@ class Planner:
         self._parsed: dict[tuple[str, tuple[tuple[str, str], ...]], RunConfig] = {}
 
     def add_trials(self) -> None:
+        """Plans every point of the tuning grid for every method and seed."""
         tuning = self.study.tuning
         assert tuning is not None
         for method in tuning.methods:
@@ -64,6 +65,7 @@ class Planner:
                     self.plan.trials.append(Trial(method, point, seed, chain.trained().name))
 
     def add_part(self, part: Part) -> None:
+        """Plans every variant and seed of a part."""
         cells: dict[tuple[str, int], Cell] = {}
 
         def add(variant: Variant, seed: int) -> Cell:
