@@ -53,6 +53,7 @@ class Variant:
     accumulation: int = 1
     logits: str = "store"
     stages: int = 1
+    cache: str = "on"
     folder: str | None = None
     until: int = STEPS
     """Step in which a signal comes, after which the run stops as soon as all processes know."""
@@ -73,7 +74,7 @@ def finetune_config(study: Path, sni: Path, backbone: Path, name: str, variant: 
     engine = config.engine
     engine.strategy, engine.deepspeed = variant.strategy, variant.json  # type: ignore[assignment]
     engine.activation_checkpointing, engine.accumulation = variant.checkpointing, variant.accumulation
-    engine.stages = variant.stages
+    engine.stages, engine.instruction_cache = variant.stages, variant.cache  # type: ignore[assignment]
     engine.steps, engine.log_every, engine.checkpoint_every = STEPS, 1, 0
     return config
 
@@ -128,11 +129,11 @@ def finetune(config: RunConfig, patch: pytest.MonkeyPatch, until: int = STEPS) -
 
 
 def _note(run_dir: Path, step: int, mine: list[str], strategy: Strategy) -> None:
-    """The global batch of a step, in its order: that of the replicas and their micro-batches."""
+    """What the global batch of a step holds, however it is dealt to replicas and micro-batches."""
     shares = distributed.gather_objects(mine if strategy.replica.speaks else [])
     if distributed.is_main():
         with (run_dir / "dealt.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps([step, [name for share in shares for name in share]]) + "\n")
+            file.write(json.dumps([step, sorted(name for share in shares for name in share)]) + "\n")
 
 
 def changed_backbone_parameters(strategy: Strategy, folder: Path) -> list[str]:

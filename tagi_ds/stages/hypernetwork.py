@@ -13,7 +13,8 @@ from tagi_ds.config import LossConfig, RunConfig
 from tagi_ds.data.c4 import DocumentMixture
 from tagi_ds.data.catalogue import training_split
 from tagi_ds.data.collate import Collator
-from tagi_ds.data.examples import Task, unit_of
+from tagi_ds.data.examples import Batch, Task, unit_of
+from tagi_ds.encodings.instructions import InstructionCache, open_cache
 from tagi_ds.engine.strategy import Strategy, make_strategy, replica_of
 from tagi_ds.errors import UserError
 from tagi_ds.launch import Stage
@@ -65,12 +66,29 @@ def finetune(stage: Stage) -> dict[str, Any]:
     shared = store.common_a() if store is not None and config.model.a == "shared" else None
     model = _build(strategy, config, costs, shared)
     scaling = model.config.scaling
-    objective, source = objective_and_source(stage, tasks, tokenizer, distillation, scaling)
     collator = Collator(tokenizer, config.data, "hypernetwork", config.teachers.unit)
-    held_out = held_out_batches(stage, validation_tasks, collator)
+    cache = open_cache(stage, model, tasks, validation_tasks, collator, strategy)
+    objective, source = objective_and_source(stage, tasks, tokenizer, distillation, scaling, cache)
+    held_out: Sequence[Batch] = held_out_batches(stage, validation_tasks, collator)
     looked_at = first_examples(validation_tasks or tasks, collator)
     probe = StageProbe(strategy, looked_at, tokenizer, config.data.max_target_tokens, scaling)
-    return train(stage, strategy, model, objective, source, TagiObjective(LossConfig(), scaling), held_out, probe)
+    judged = TagiObjective(LossConfig(), scaling)
+    if cache is None:
+        return train(stage, strategy, model, objective, source, judged, held_out, probe)
+    summary = train(
+        stage,
+        strategy,
+        model,
+        objective,
+        source,
+        judged,
+        cache.attached(held_out),
+        probe,
+        lambda: cache.build(strategy),
+    )
+    summary["flops"] += cache.flops
+    cache.remove()
+    return summary
 
 
 def objective_and_source(
@@ -79,8 +97,9 @@ def objective_and_source(
     tokenizer: PreTrainedTokenizerBase,
     distillation: Distillation,
     scaling: float,
+    cache: InstructionCache | None = None,
 ) -> tuple[TagiObjective, DistilledSource]:
-    """What finetuning minimises, and its batches with what the objective needs of the teachers.
+    """What finetuning minimises, and its batches with what the step needs beside them.
 
     Args:
         stage: with the run's configuration.
@@ -88,6 +107,7 @@ def objective_and_source(
         tokenizer: of the backbone.
         distillation: the run's teachers.
         scaling: the generated adapters' alpha / r.
+        cache: of encoded instructions, built before the first batch; None: the step encodes them.
     """
     config, store = stage.config, distillation.parameters
     objective = TagiObjective(
@@ -102,7 +122,12 @@ def objective_and_source(
     if distillation.online is not None:
         reader = TeacherReader(tokenizer, config.data, config.teachers.demonstrations, config.seed)
         collator = ReadingCollator(reader, tokenizer, config.data, "hypernetwork", config.teachers.unit)
-    return objective, DistilledSource(task_source(stage, tasks, collator, distillation.prepare), distillation.attach)
+
+    def attach(batch: Batch) -> Batch:
+        taught = distillation.attach(batch)
+        return taught if cache is None else cache.attach(taught)
+
+    return objective, DistilledSource(task_source(stage, tasks, collator, distillation.prepare), attach)
 
 
 def stage_costs(stage: Stage) -> list[float] | None:

@@ -46,6 +46,7 @@ def task_source(
         sampling=data.sampling,
         task_cap=data.task_cap,
         weights=data.weights,
+        dealing=data.dealing,
         workers=data.workers,
         finish=finish,
         left_out=left_out(data, stage.config.seed),
@@ -101,10 +102,11 @@ def train(
     validation_objective: Objective | None = None,
     validation_batches: Sequence[Batch] = (),
     probe: Probe | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the loop for a stage; `engine.best_by` says which validation figure chooses the best checkpoint.
 
-    `probe` looks at the model beside the losses.
+    `probe` looks at the model beside the losses; `begin` is done once the strategy is prepared, before any batch.
 
     Returns:
         The stage's summary: steps, epochs (None over a stream), training seconds, flops, best, parameters, and the
@@ -118,6 +120,8 @@ def train(
         f"examples, {config.engine.strategy} on {stage.ranks.world_size} processes, {config.engine.precision}; {parts}"
     )
     strategy.prepare(model, config.optimizer, config.engine.steps)
+    if begin is not None:
+        begin()
     peak = peak_flops(config.engine, stage.ranks.device) * stage.ranks.world_size
     monitor = Monitor(stage.run_dir, stage.name, config.engine.steps, peak, main_settings(stage))
     evaluate = None
