@@ -19,8 +19,9 @@ from tagi_ds.experiments.definition import Study
 from tagi_ds.experiments.estimates import Estimates, duration
 from tagi_ds.experiments.nodes import Node, Plan
 from tagi_ds.experiments.planning import plan_study
+from tagi_ds.experiments.processes import LocalProcess, Start
 from tagi_ds.experiments.report import write_study_report
-from tagi_ds.experiments.runner import LocalProcess, Outcome, Runner, Start
+from tagi_ds.experiments.runner import Outcome, Runner
 from tagi_ds.experiments.study_file import check_fields, read_study
 from tagi_ds.experiments.tuning import read_tuned, tuning_outcome, write_tuning
 from tagi_ds.files import write_json

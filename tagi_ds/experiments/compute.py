@@ -81,7 +81,9 @@ def step_flops(config: RunConfig, stage: str, lengths: Lengths) -> float:
         tasks, instruction, source = 0, 0, instruction + source
     else:
         tasks = data.tasks_per_batch
-    work = Workload(examples, tasks, instruction, source, target, False, config.engine.precision)
+    cached = stage == "finetune" and config.engine.instruction_cache != "off"
+    precision = config.engine.precision
+    work = Workload(examples, tasks, instruction, source, target, False, precision, instruction_cache=cached)
     return count_operations(count_model(config, stage), work).total.useful
 
 

@@ -19,7 +19,8 @@ from tagi_ds.experiments.definition import Speed, Study
 from tagi_ds.experiments.estimates import Estimates, duration
 from tagi_ds.experiments.nodes import Node, Plan
 from tagi_ds.experiments.planning import plan_study
-from tagi_ds.experiments.runner import LocalProcess, Runner, tail
+from tagi_ds.experiments.processes import LocalProcess
+from tagi_ds.experiments.runner import Runner, tail
 from tagi_ds.experiments.tuning import read_tuned, tuning_outcome, write_tuning
 from tagi_ds.files import write_json
 from tests.experiments.studies import FakeProcess, Launches, leave, study_of
