@@ -16,6 +16,9 @@ Unit = Literal["category", "task", "source"]
 Control = Literal["random", "shuffled"]
 """An instruction in the place of a task's own, see :mod:`tagi_ds.evaluation.controls`."""
 
+Dealing = Literal["length", "order"]
+"""How a global batch is dealt to ranks and micro-batches, see :mod:`tagi_ds.data.dealing`."""
+
 STAGES = ("backbone", "train_teachers", "store_logits", "pretrain", "finetune", "meta_train", "evaluate", "convert")
 """The stages of a study in the order in which they run; ``backbone`` only where no published one is used."""
 
@@ -146,6 +149,11 @@ class DataConfig:
     """Distinct tasks (pretraining: documents) in one global batch."""
     examples_per_task: int = 1
     """Examples of each task in one global batch."""
+    dealing: Dealing = "length"
+    """How a global batch is dealt to ranks and micro-batches: by length in parts of about equal cost, so that little is
+    padded and no rank waits long, or in equal parts in its order. Pretraining: to a rank's own micro-batches alone."""
+    pad_multiple: int = 8
+    """Lengths are padded to a multiple of this; 8 suits accelerators, 1 CPUs and short texts."""
     min_part_tokens: int = 8
     """C4: least length of each of the parts a | b | c."""
     document_tokens: int = 1024

@@ -37,6 +37,7 @@ _POSITIVE = (
     "data.min_part_tokens",
     "data.document_tokens",
     "data.shuffle_block",
+    "data.pad_multiple",
     "data.p3_max_examples",
     "data.task_cap",
     "teachers.max_units",

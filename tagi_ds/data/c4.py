@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tagi_ds.config import DataConfig
 from tagi_ds.data.corpus import blocks, documents, shards_of, text_of
 from tagi_ds.data.cuts import Cut, Cutter, batch_of, cut_points
+from tagi_ds.data.dealing import deal
 from tagi_ds.data.drawing import Corpus, Drawn
 from tagi_ds.data.examples import Batch
 from tagi_ds.data.lanes import LaneState, Order, first_states, redealt, units_read
@@ -31,14 +33,15 @@ class DocumentMixture:
     """Deals out cut documents; the same interface as `TaskMixture`, with one document in the place of a chunk.
 
     Document j of every global batch comes from lane j, so a rank reads the shards of its own lanes only, and the global
-    batch depends neither on the ranks nor on micro-batches and workers. Documents with fewer than three times
-    `min_part_tokens` tokens are passed over, and counted in `Batch.counts`, as malformed rows are.
+    batch depends neither on the ranks nor on micro-batches and workers. Each rank deals its own documents to its
+    micro-batches by length. Documents with fewer than three times `min_part_tokens` tokens are passed over, and counted
+    in `Batch.counts`, as malformed rows are.
 
     Args:
         address: folder or address that holds the shards.
         tokenizer: with an end token, which ends each of a, b and c.
         config: `tasks_per_batch` documents a global batch, `documents`, `document_tokens`, `min_part_tokens`,
-            `shuffle_block`, `malformed`, `workers`.
+            `shuffle_block`, `malformed`, `workers`, `dealing`, `pad_multiple`.
         seed: of the order and of the cuts.
         rank, world_size, accumulation: which share of the global batch `next_step` returns.
 
@@ -82,12 +85,22 @@ class DocumentMixture:
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch."""
-        drawn = self.draw_step()
+        drawn, multiple = self.draw_step(), self._config.pad_multiple
         batches = []
-        for slots in self._slots:
+        for slots in self._dealt(drawn):
             counts = sum((Counter(drawn[slot].counts) for slot in slots), Counter())
-            batches.append(batch_of([drawn[slot].cut for slot in slots], self._end, dict(counts)))
+            batches.append(batch_of([drawn[slot].cut for slot in slots], self._end, dict(counts), multiple))
         return batches
+
+    def _dealt(self, drawn: dict[int, Drawn]) -> list[Sequence[int]]:
+        """Which documents are in each micro-batch; those of other ranks are not known, and stay theirs."""
+        if self._config.dealing == "order":
+            return self._slots
+        slots = [slot for part in self._slots for slot in part]
+        cuts = [drawn[slot].cut for slot in slots]
+        lengths = np.array([(1, len(cut.a) + 1, len(cut.b) + 1, len(cut.c) + 1) for cut in cuts])
+        (mine,) = deal(lengths, 1, len(self._slots), self._config.pad_multiple)
+        return [[slots[place] for place in part] for part in mine]
 
     def draw_step(self) -> dict[int, Drawn]:
         """This rank's examples of the next global batch, by their places in it, before they are made a batch."""

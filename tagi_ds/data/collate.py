@@ -18,7 +18,8 @@ from tagi_ds.data.prompts import concatenated_text, input_text, instruction_text
 Form = Literal["hypernetwork", "concatenated", "input_only"]
 Kind = Literal["instruction", "input", "target"]
 IGNORED = -100
-MULTIPLE = 8
+PAD_MULTIPLE = 8
+"""To which lengths are padded where no configuration says otherwise."""
 KEPT_BYTES = 64_000_000
 """Memory for encoded texts of one kind (instruction, input, target) in one process."""
 _ENTRY_BYTES = 300
@@ -96,12 +97,13 @@ class Collator:
                 texts["target"].append(example.references[reference])
         encoded = {kind: [self._encoders[kind](text) for text in found] for kind, found in texts.items()}
         ids = {kind: [part.ids for part in parts] for kind, parts in encoded.items()}
-        input_ids, attention_mask = pad_ids(ids["input"])
-        instructions = pad_ids(ids["instruction"]) if self.form == "hypernetwork" else (None, None)
+        multiple = self.config.pad_multiple
+        input_ids, attention_mask = pad_ids(ids["input"], multiple)
+        instructions = pad_ids(ids["instruction"], multiple) if self.form == "hypernetwork" else (None, None)
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            labels=pad_labels(ids["target"]),
+            labels=pad_labels(ids["target"], multiple),
             instruction_ids=instructions[0],
             instruction_attention_mask=instructions[1],
             task_index=torch.tensor(task_index, dtype=torch.int64),
@@ -182,21 +184,21 @@ class _Encoder:
         return not self(text).cut
 
 
-def pad_ids(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (rows, length) int64, padded right with 0 to a multiple of 8."""
-    ids = _padded(rows, 0)
+def pad_ids(rows: Sequence[np.ndarray], multiple: int = PAD_MULTIPLE) -> tuple[Tensor, Tensor]:
+    """(ids, mask), each (rows, length) int64, padded right with 0 to a multiple of `multiple`."""
+    ids = _padded(rows, 0, multiple)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
 
 
-def pad_labels(rows: Sequence[np.ndarray]) -> Tensor:
-    """(rows, length) int64, padded right with -100 to a multiple of 8."""
-    return _padded(rows, IGNORED)
+def pad_labels(rows: Sequence[np.ndarray], multiple: int = PAD_MULTIPLE) -> Tensor:
+    """(rows, length) int64, padded right with -100 to a multiple of `multiple`."""
+    return _padded(rows, IGNORED, multiple)
 
 
-def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
+def _padded(rows: Sequence[np.ndarray], value: int, multiple: int) -> Tensor:
     longest = max(len(row) for row in rows)
-    out = np.full((len(rows), -(-longest // MULTIPLE) * MULTIPLE), value, dtype=np.int64)
+    out = np.full((len(rows), -(-longest // multiple) * multiple), value, dtype=np.int64)
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids
     return torch.from_numpy(out)

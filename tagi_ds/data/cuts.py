@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tagi_ds.config import DataConfig
-from tagi_ds.data.collate import pad_ids, pad_labels
+from tagi_ds.data.collate import PAD_MULTIPLE, pad_ids, pad_labels
 from tagi_ds.data.examples import Batch
 from tagi_ds.data.order import generator
 from tagi_ds.errors import UserError
@@ -110,25 +110,26 @@ class Cutter:
         return ids
 
 
-def batch_of(cuts: list[Cut], end: int, counts: dict[str, int]) -> Batch:
+def batch_of(cuts: list[Cut], end: int, counts: dict[str, int], multiple: int = PAD_MULTIPLE) -> Batch:
     """The batch of some cuts; `end`, the end token, is put behind each part.
 
     Args:
         cuts: N of them; each is a task of its own, with a as its instruction.
         end: id of the end token.
         counts: what was passed over on the way.
+        multiple: to which lengths are padded.
     """
 
     def ended(parts: list[np.ndarray]) -> list[np.ndarray]:
         return [np.append(part, end) for part in parts]
 
-    instruction_ids, instruction_mask = pad_ids(ended([cut.a for cut in cuts]))
-    input_ids, attention_mask = pad_ids(ended([cut.b for cut in cuts]))
+    instruction_ids, instruction_mask = pad_ids(ended([cut.a for cut in cuts]), multiple)
+    input_ids, attention_mask = pad_ids(ended([cut.b for cut in cuts]), multiple)
     names = [cut.id for cut in cuts]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        labels=pad_labels(ended([cut.c for cut in cuts])),
+        labels=pad_labels(ended([cut.c for cut in cuts]), multiple),
         instruction_ids=instruction_ids,
         instruction_attention_mask=instruction_mask,
         task_index=torch.arange(len(names)),

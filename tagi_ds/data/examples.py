@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,30 @@ class Example:
     references: tuple[str, ...]
     choices: tuple[str, ...] = ()
     rendered: str | None = None
+
+
+class Extent(NamedTuple):
+    """How long an example's texts are, in bytes of UTF-8: known of an indexed one without reading it.
+
+    Attributes:
+        input: of the bare input.
+        rendered: of the whole prompt as published; 0 where there is none.
+        reference: of the references, their mean rounded down.
+    """
+
+    input: int
+    rendered: int
+    reference: int
+
+
+def extent_of(examples: Sequence[Example], at: int) -> Extent:
+    """The extent of one of some examples, from an index where they lie in one."""
+    known: Callable[[int], Extent] | None = getattr(examples, "extent", None)
+    if known is not None:
+        return known(at)
+    example = examples[at]
+    references = sum(len(reference.encode()) for reference in example.references) // len(example.references)
+    return Extent(len(example.input.encode()), len((example.rendered or "").encode()), references)
 
 
 @dataclass(frozen=True)

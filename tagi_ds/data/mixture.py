@@ -1,7 +1,7 @@
 """The training order over tasks, and the batches of an evaluation.
 
 The order is computed from (seed, position): nothing is replayed when a run resumes, and the global batch of a step
-is the same for every number of ranks and micro-batches.
+is the same for every number of ranks and micro-batches. To these it is dealt by length.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from tagi_ds.config import Dealing
 from tagi_ds.data.collate import IGNORED, Collator, TaskChunk
 from tagi_ds.data.examples import Batch, Example, Task
+from tagi_ds.data.extents import Extents
 from tagi_ds.data.loader import Ahead
 from tagi_ds.data.order import Share, ascending, check_state, choose, permutation, permuted
 from tagi_ds.data.quotas import LONGEST_ORDER, Sampling, plan
@@ -43,6 +45,7 @@ class TaskMixture:
         examples_per_task: examples in a chunk.
         rank, world_size, accumulation: which share of the global batch `next_step` returns.
         sampling, task_cap, weights: how often each task comes, as in DataConfig.
+        dealing: how a global batch is dealt to ranks and micro-batches, as in DataConfig.
         workers: processes that prepare this rank's batches ahead.
         finish: what is done to each batch where it is made, e.g. attaching stored distributions.
         left_out: malformed rows and files that the tasks are without, for the counts.
@@ -66,6 +69,7 @@ class TaskMixture:
         sampling: Sampling = "size",
         task_cap: int | None = None,
         weights: Mapping[str, float] | None = None,
+        dealing: Dealing = "length",
         workers: int = 0,
         finish: Callable[[Batch], Batch] | None = None,
         left_out: int = 0,
@@ -78,6 +82,7 @@ class TaskMixture:
         self._tasks_per_batch = tasks_per_batch
         self._examples_per_task = examples_per_task
         self._share = Share(tasks_per_batch, rank, world_size, accumulation)
+        self._extents = Extents(collator) if dealing == "length" and self._share.parts > 1 else None
         self._finish = finish
         self._quotas = plan(self._tasks, examples_per_task, sampling, task_cap, weights)
         self._ends = np.cumsum(self._quotas.quota)
@@ -152,11 +157,19 @@ class TaskMixture:
         """This rank's micro-batches of every `workers`-th global batch from the position on."""
         first = self._position + worker * self._tasks_per_batch
         for position in itertools.count(first, workers * self._tasks_per_batch):
-            parts = self._share.of(range(position, position + self._tasks_per_batch))
-            batches = [self._collator([self._chunk(at) for at in part]) for part in parts]
+            batches = [self._collator([self._chunk(at) for at in part]) for part in self._dealt(position)]
             if position == 0:
                 batches[0].counts["malformed"] = self._left_out
             yield [self._finish(batch) for batch in batches] if self._finish else batches
+
+    def _dealt(self, position: int) -> list[Sequence[int]]:
+        """Positions of the chunks of this rank's micro-batches, in the global batch that begins at one."""
+        positions = range(position, position + self._tasks_per_batch)
+        if self._extents is None:
+            return self._share.of(positions)
+        chosen = [self._chosen(at) for at in positions]
+        lengths = np.array([self._extents(self._tasks[it.task], it.paraphrase, it.rows) for it in chosen])
+        return self._share.by_length(positions, lengths, self._collator.config.pad_multiple)
 
     def _ordered(self, cycle: int) -> np.ndarray:
         order = permutation(int(self._ends[-1]), self._seed, "chunks", cycle).astype(np.uint32)
@@ -172,11 +185,11 @@ class TaskMixture:
         size, name = len(self._tasks[task].examples), self._tasks[task].name
         return permutation(size, self._seed, "examples", epoch, name).astype(np.uint16)
 
-    def _example(self, epoch: int, task: int, position: int) -> Example:
-        examples = self._tasks[task].examples
-        if len(examples) > HELD_EXAMPLES:
-            return examples[permuted(position, len(examples), self._seed, "examples", epoch, self._tasks[task].name)]
-        return examples[int(self._example_order(epoch, task)[position])]
+    def _row(self, epoch: int, task: int, position: int) -> int:
+        size = len(self._tasks[task].examples)
+        if size > HELD_EXAMPLES:
+            return permuted(position, size, self._seed, "examples", epoch, self._tasks[task].name)
+        return int(self._example_order(epoch, task)[position])
 
     def _slot(self, position: int) -> tuple[int, int]:
         """(cycle, slot in it) of a position in the endless order."""
@@ -186,7 +199,8 @@ class TaskMixture:
             return cycle, permuted(offset, length, self._seed, "chunks", cycle)
         return cycle, int(self._cycle_order(cycle)[offset])
 
-    def _chunk(self, position: int) -> TaskChunk:
+    def _chosen(self, position: int) -> _Chosen:
+        """What the chunk at a position of the endless order consists of; no example is read."""
         cycle, slot = self._slot(position)
         index = int(np.searchsorted(self._ends, slot, side="right"))
         task, quota = self._tasks[index], int(self._quotas.quota[index])
@@ -195,13 +209,23 @@ class TaskMixture:
         epoch, chunk = divmod(number, int(self._quotas.chunks[index]))
         begin = chunk * self._examples_per_task
         end = min(begin + self._examples_per_task, len(task.examples))
-        examples = tuple(self._example(epoch, index, at) for at in range(begin, end))
-        return TaskChunk(
-            task,
-            choose(1 + len(task.paraphrases), self._seed, "paraphrase", epoch, task.name, begin),
-            examples,
-            tuple(reference_of(example, self._seed) for example in examples),
-        )
+        wording = choose(1 + len(task.paraphrases), self._seed, "paraphrase", epoch, task.name, begin)
+        return _Chosen(index, wording, [self._row(epoch, index, at) for at in range(begin, end)])
+
+    def _chunk(self, position: int) -> TaskChunk:
+        chosen = self._chosen(position)
+        task = self._tasks[chosen.task]
+        examples = tuple(task.examples[row] for row in chosen.rows)
+        references = tuple(reference_of(example, self._seed) for example in examples)
+        return TaskChunk(task, chosen.paraphrase, examples, references)
+
+
+class _Chosen(NamedTuple):
+    """A chunk before it is read: number of its task, wording of the instruction, and which examples."""
+
+    task: int
+    paraphrase: int
+    rows: list[int]
 
 
 def reference_of(example: Example, seed: int) -> int:

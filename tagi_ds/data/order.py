@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from tagi_ds.data.dealing import deal
 from tagi_ds.errors import UserError
 
 Item = TypeVar("Item")
@@ -79,7 +80,7 @@ def choose(options: int, *key: object) -> int:
 
 
 class Share:
-    """The contiguous slices of a global batch that one rank has, one a micro-batch.
+    """What one rank has of a global batch, micro-batch by micro-batch: equal slices, or parts by length.
 
     The global batch does not depend on the numbers of ranks and micro-batches; only the dealing does.
 
@@ -97,14 +98,19 @@ class Share:
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
+        self.parts = parts
         self._size = tasks_per_batch // parts
-        self._first = rank * accumulation
-        self._accumulation = accumulation
+        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
 
     def of(self, batch: Sequence[Item]) -> list[Sequence[Item]]:
-        """This rank's micro-batches of a global batch."""
-        starts = [(self._first + micro) * self._size for micro in range(self._accumulation)]
+        """This rank's micro-batches of a global batch: slices in its order."""
+        starts = [(self._rank * self._accumulation + micro) * self._size for micro in range(self._accumulation)]
         return [batch[start : start + self._size] for start in starts]
+
+    def by_length(self, batch: Sequence[Item], lengths: np.ndarray, multiple: int) -> list[Sequence[Item]]:
+        """This rank's micro-batches of a global batch as :func:`tagi_ds.data.dealing.deal` deals it."""
+        dealt = deal(lengths, self._world_size, self._accumulation, multiple)[self._rank]
+        return [[batch[place] for place in places] for places in dealt]
 
 
 def check_state(state: dict[str, Any], own: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from tagi_ds.data.examples import Demonstration, Example, Task
+from tagi_ds.data.examples import Demonstration, Example, Extent, Task
 from tagi_ds.errors import UserError
 from tagi_ds.files import read_json
 
@@ -273,10 +273,22 @@ class ExampleRows(Sequence[Example]):
     def __getitem__(self, at: int | slice) -> Example | ExampleRows:
         if isinstance(at, slice):
             return ExampleRows(self._index, self._record, self._rows[at])  # type: ignore[arg-type]
+        batch, inside = self._place(at)
+        return _examples_of(batch.slice(inside, 1))[0]
+
+    def extent(self, at: int) -> Extent:
+        """Lengths of an example's texts, from the map's offsets: no text is read."""
+        batch, inside = self._place(at)
+        given, rendered = (batch.column(name)[inside].as_buffer() for name in ("input", "rendered"))
+        references = [reference.as_buffer().size for reference in batch.column("references")[inside]]
+        return Extent(given.size, rendered.size if rendered else 0, sum(references) // len(references))
+
+    def _place(self, at: int) -> tuple[pa.RecordBatch, int]:
+        """A record batch of the index and the row in it."""
         row = int(self._rows[at])
         part = int(np.searchsorted(self._ends, row, side="right"))
         number, count = self._record.batches[part]
-        return _examples_of(self._index.batch(number).slice(row - (int(self._ends[part]) - count), 1))[0]
+        return self._index.batch(number), row - (int(self._ends[part]) - count)
 
     def __iter__(self) -> Iterator[Example]:
         for first in range(0, len(self), _READ_AHEAD):

@@ -73,9 +73,9 @@ class BothSource:
         return [_toy_batch(*pair) for pair in pairs]
 
     def _note(self, *ids: list[list[str]]) -> None:
-        """Both global batches in their order: that of ranks and their micro-batches."""
+        """What both global batches hold, however they are dealt to ranks and micro-batches."""
         ranks = distributed.gather_objects(ids)
-        names = [[name for rank in ranks for part in rank[kind] for name in part] for kind in range(len(ids))]
+        names = [sorted(name for rank in ranks for part in rank[kind] for name in part) for kind in range(len(ids))]
         if distributed.is_main():
             with self.dealt.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.tasks.step, "tasks": names[0], "documents": names[1]}) + "\n")
