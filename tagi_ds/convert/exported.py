@@ -2,7 +2,8 @@
 
 The instruction's adapters, fusion memory and decoder memory are constants of the programs; inputs are of any number and
 length. Encoder: (input_ids, attention_mask) -> (memory, memory_mask). Decoder: (memory, memory_mask,
-decoder_input_ids) -> logits. The decoder keeps no cache: each token costs a pass over those before it.
+decoder_input_ids) -> logits; the instruction's part of what it attends to is in its constants, and in the mask before
+the input's. The decoder keeps no cache: each token costs a pass over those before it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ENCODER, DECODER = "encoder.pt2", "decoder.pt2"
 
 
 class _Encoder(nn.Module):
-    """[I ; F] of bare inputs. It owns what it runs, and not the generator, which has done its work."""
+    """F of bare inputs and the mask of [I ; F]. It owns what it runs, not the generator, which has done its work."""
 
     def __init__(self, model: TagiForConditionalGeneration, task: CompiledTask) -> None:
         super().__init__()
@@ -65,15 +66,20 @@ def export_programs(model: TagiForConditionalGeneration, task: CompiledTask) -> 
     """
     assert task.state.mask is not None
     device = model.device
-    examples, length, attended, tokens = Dim("examples"), Dim("length"), Dim("attended"), Dim("tokens")
+    examples, length, tokens = Dim("examples"), Dim("length"), Dim("tokens")
+    attended: Any = length + task.state.mask.shape[1] if model.config.concatenate else length
     ids = torch.ones(3, 7, dtype=torch.long, device=device)
     with torch.no_grad():
         encoder = _Encoder(model, task).eval()
         inputs = {0: examples, 1: length}
         first = export(encoder, (ids, ids.clone()), dynamic_shapes=(inputs, inputs))
         memory, mask = encoder(ids, ids.clone())
-        shapes: Any = ({0: examples, 1: attended}, {0: examples, 1: attended}, {0: examples, 1: tokens})
-        second = export(_Decoder(model, task).eval(), (memory, mask, ids[:, :4].contiguous()), dynamic_shapes=shapes)
+        shapes: Any = (inputs, {0: examples, 1: attended}, {0: examples, 1: tokens})
+        decoder, given = _Decoder(model, task).eval(), (memory, mask, ids[:, :4].contiguous())
+        # A run before keeps the instruction's keys and values, so that they are constants and not computed a token.
+        task.state.kept = {} if task.state.kept is None else task.state.kept
+        decoder(*given)
+        second = export(decoder, given, dynamic_shapes=shapes)
     return first, second
 
 

@@ -25,6 +25,7 @@ from tagi_ds.data.examples import Batch, Task
 from tagi_ds.evaluation.dealing import Collate, Pair, answer_all, plan_batches
 from tagi_ds.evaluation.generation import GenerationSettings, example_keys
 from tagi_ds.evaluation.predictions import Prediction, PredictionStore
+from tagi_ds.runs import runs_of
 
 Encode = Callable[[str], np.ndarray]
 """An answer choice -> its token ids (length,), the end token last."""
@@ -98,9 +99,9 @@ def choice_likelihoods(model: Any, batch: Batch, labels: Tensor, owner: Tensor) 
     further: dict[str, Any] = {}
     if batch.instruction_ids is not None:
         state = model.compile_instructions(batch.instruction_ids, batch.instruction_attention_mask)
-        memory, mask = model.encode_input(batch.input_ids, batch.attention_mask, state.at(batch.task_index))
+        memory, mask = model.encode_input(batch.input_ids, batch.attention_mask, state.at(batch.runs))
         assert batch.task_index is not None
-        further = {"state": state, "task_index": batch.task_index[owner]}
+        further = {"state": state, "task_index": runs_of(batch.task_index[owner])}
         shift = model.backbone.prepare_decoder_input_ids_from_labels
     else:
         encoder = model.get_encoder()

@@ -28,7 +28,8 @@ class CompiledTask:
 
     Attributes:
         instruction: its text, empty where only ids were known.
-        state: adapters (1, r, d_in) and (1, d_out, r) by site, fusion memory, decoder memory.
+        state: adapters (1, r, d_in) and (1, d_out, r) by site, fusion memory, decoder memory. What the first answer
+            computes of the latter for the decoder's attention is kept there too; the file does not have it.
         shape: what a model must have to be answered by it (sites, rank, switches, backbone).
     """
 
@@ -77,6 +78,7 @@ class CompiledTask:
             {block: (tensors[f"fusion.{block}.keys"], tensors[f"fusion.{block}.values"]) for block in blocks},
             tensors["memory"],
             tensors["mask"],
+            kept={},
         )
         return cls(metadata["instruction"], state, shape)
 
@@ -104,4 +106,5 @@ def compile_task(model: TagiForConditionalGeneration, instruction: str | Tensor,
     model.eval()
     state = model.compile_instructions(ids, torch.ones_like(ids))
     model.train(training)
+    state.kept = {}
     return CompiledTask(text, state, task_shape(model))

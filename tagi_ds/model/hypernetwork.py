@@ -109,7 +109,7 @@ class BlockGenerator(nn.Module):
 
     def forward(self, instruction: Tensor, mask: Tensor) -> dict[str, LowRank]:
         """Encoded instructions (U, S, d) and their mask (U, S) -> site name -> LowRank."""
-        adapters = {}
+        adapters: dict[str, LowRank] = {}
         for group in self.groups:
             a, b = group(instruction, mask)
             names: list[str] = group.names  # type: ignore[assignment]

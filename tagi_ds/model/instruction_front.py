@@ -21,7 +21,7 @@ class InstructionFront:
     of that many rows, and its k and v are given F.
     """
 
-    def __init__(self, block: BlockAdapter, attention: nn.Module, name: str) -> None:
+    def __init__(self, block: BlockAdapter, attention: Any, name: str) -> None:
         self._block = block
         self._input: Tensor | None = None
         attention.register_forward_pre_hook(self._lengthen, with_kwargs=True)
@@ -61,12 +61,13 @@ class InstructionFront:
 
     def _front(self, name: str, module: nn.Linear, state: TaskState) -> Tensor:
         """(U, S, width)."""
-        keeps = state.kept is not None and not torch.is_grad_enabled()
-        if keeps and name in state.kept:
-            return state.kept[name]
+        assert state.memory is not None
+        kept = None if torch.is_grad_enabled() else state.kept
+        if kept is not None and name in kept:
+            return kept[name]
         memory = state.memory.to(module.weight.dtype)
         front = self._block.adapt(name, memory, functional.linear(memory, module.weight, module.bias), by_task=True)
         # While a program is traced there are no values to keep.
-        if keeps and not torch.compiler.is_compiling():
-            state.kept[name] = front
+        if kept is not None and not torch.compiler.is_compiling():
+            kept[name] = front
         return front
