@@ -5,10 +5,10 @@ into each of n nodes over the network; the slower of the two counts. An all-redu
 
 ZeRO-2 reduces the trained gradients after every micro-batch — by an all-reduce, DeepSpeed's default
 (`use_multi_rank_bucket_allreduce`) — and gathers the trained parameters after a step. ZeRO-3 gathers the encoder for
-the instructions, the whole model for the forward and again for the backward pass (recomputation shares that one), and
-scatters the gradients. hpZ gathers the backward's within each node. What is offloaded passes between each GPU and its
-host besides, a shard in every gathering, a share of the gradients down and of the parameters up again; beside the
-gathering, so that the slower of the two counts.
+the instructions where the step encodes them, the whole model for the forward and again for the backward pass
+(recomputation shares that one), and scatters the gradients. hpZ gathers the backward's within each node. What is
+offloaded passes between each GPU and its host besides, a shard in every gathering, a share of the gradients down and
+of the parameters up again; beside the gathering, so that the slower of the two counts.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def traffic_of(shapes: Shapes, work: Workload, layout: Layout, cluster: Cluster)
         share_s = _host_s(cluster, gradients / layout.gpus, layout.buffers.offload_optimizer)
         return Traffic(reduced=gradients, reduce_s=max(reduce_s, share_s), updated_s=updated_s + share_s)
     if layout.strategy == "zero3":
-        encoder = sum(block.backbone for block in shapes.encoder) + shapes.embeddings if work.tasks else 0
+        encodes = work.tasks and not (work.instruction_cache and shapes.encoding_is_constant)
+        encoder = sum(block.backbone for block in shapes.encoder) + shapes.embeddings if encodes else 0
         forward, backward = float(e * (shapes.parameters + encoder)), float(e * shapes.parameters)
         gather_s = collective_s(cluster, forward, layout.gpus)
         gather_s += collective_s(cluster, backward, layout.gpus, within_node=layout.hpz)

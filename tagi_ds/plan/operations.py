@@ -2,7 +2,8 @@
 
 Backward passes: a frozen linear costs its forward again (the gradient of its input alone), a trained one twice that;
 attention 2.5 times its forward (its kernels compute the scores again). The first block of a stack has an input that
-needs no gradient. Instructions are encoded once a task, forward only where the encoder is frozen. With recomputation
+needs no gradient. Instructions are encoded once a task, forward only where the encoder is frozen, and not at all where
+they were encoded before the first step. With recomputation
 a block's forward is paid once more, except for its last product, whose result nothing keeps.
 """
 
@@ -93,7 +94,7 @@ class Operations:
 def count_operations(shapes: Shapes, work: Workload) -> Operations:
     """FLOPs of one micro-batch of `work`."""
     instruction: dict[str, Cost] = {}
-    if work.tasks:
+    if work.tasks and not (work.instruction_cache and shapes.encoding_is_constant):
         plain = replace(work, examples=work.tasks, source=work.instruction)
         for block in shapes.encoder:
             bare = replace(block, sites=(), fusion=0)

@@ -138,6 +138,11 @@ class Shapes:
         """Whether the encoding of instructions needs a backward pass: some backbone parameter of the encoder trains."""
         return any(self.trains)
 
+    @property
+    def encoding_is_constant(self) -> bool:
+        """Whether an instruction is encoded alike in every step, so that it may be kept."""
+        return not self.encoder_trains and self.dropout == 0
+
 
 def adapter_elements(sites: Iterable[Site], rank: int) -> int:
     """Elements of A (r, d_in) and B (d_out, r) of one instruction at `sites`: r·(d_in + d_out) each."""

@@ -20,6 +20,7 @@ class Workload:
         kl, alignment: whether these losses are on.
         cpu: whether torch's kernels for the processor are used, which keep a little more.
         padded: whether examples differ in length, so that a mask is laid over the position bias.
+        instruction_cache: whether encoded instructions are read from the run's cache where the model allows it.
     """
 
     examples: int
@@ -33,6 +34,7 @@ class Workload:
     alignment: bool = False
     cpu: bool = False
     padded: bool = True
+    instruction_cache: bool = False
 
     @property
     def element(self) -> int:
@@ -94,6 +96,7 @@ def workload_of(config: RunConfig, stage: str, replicas: int, cpu: bool) -> Work
         kl=stage == "finetune" and config.loss.kl > 0,
         alignment=stage == "finetune" and config.loss.alignment != 0,
         cpu=cpu,
+        instruction_cache=stage == "finetune" and engine.instruction_cache != "off",
     )
 
 

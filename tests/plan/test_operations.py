@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.plan.operations import count_operations
@@ -41,6 +43,24 @@ def counted(size: tuple[int, ...], work: Workload, kind: str, settings: dict[str
 def test_frozen_backbones_are_counted_exactly(kind: str, settings: dict[str, Any]) -> None:
     reckoned, real = counted(TINY, Workload(4, 4, 12, 20, 7, False, "fp32"), kind, settings)
     assert reckoned == real
+
+
+def test_what_was_encoded_before_is_not_counted() -> None:
+    work = Workload(4, 2, 12, 20, 7, False, "fp32", instruction_cache=True)
+    model, batch, counts = make_model(), make_batch(work, TINY[0]), []
+    for encoding in (None, torch.randn(2, 12, TINY[1])):
+        meter = FlopMeter()
+        with meter.counting():
+            model(**batch, instruction_encoding=encoding).logits.float().logsumexp(-1).sum().backward()
+        counts.append(meter.flops)
+    shapes = shapes_of(model.backbone, model)
+    in_the_step = count_operations(shapes, replace(work, instruction_cache=False))
+    assert counts[0] - counts[1] == in_the_step.total.total - count_operations(shapes, work).total.total > 0
+    assert not count_operations(shapes, work).instruction
+    # An encoder that trains, or has dropout, encodes in every step whatever is asked for.
+    assert count_operations(replace(shapes, dropout=0.1), work).instruction
+    trained = make_model(also_train="norms")
+    assert count_operations(shapes_of(trained.backbone, trained), work).instruction
 
 
 @pytest.mark.parametrize("size", [TINY, SMALL])
