@@ -11,7 +11,7 @@ from torch import Tensor
 from tagi_ds.config import LossConfig
 from tagi_ds.data.examples import COUNTS, Batch
 from tagi_ds.divergence import Distributions, kl
-from tagi_ds.engine.objective import PER_EXAMPLE, RUN_TOTALS, Term
+from tagi_ds.engine.objective import PER_EXAMPLE, RUN_TOTALS, TOTAL, Term
 from tagi_ds.losses import ALIGNMENTS, IGNORE, alignment_share, alignment_weight, label_loss
 from tagi_ds.model.adapter import LowRank
 
@@ -149,12 +149,21 @@ class TagiObjective:
 
 
 def batch_counts(batch: Batch) -> dict[str, float]:
-    """Target tokens and examples of a micro-batch; lengths; for the run's totals, what happened in its making."""
+    """Target tokens and examples of a micro-batch, and lengths; for the run's totals, these and what happened in its
+    making."""
     made = {f"{RUN_TOTALS}{name}": float(batch.counts.get(name, 0)) for name in COUNTS}
-    lengths = {"target_tokens": float(batch.target_tokens), "input_tokens": float(batch.attention_mask.sum())}
-    lengths["input_padding"] = batch.attention_mask.numel() - lengths["input_tokens"]
-    per_example = {f"{PER_EXAMPLE}{name}": value for name, value in lengths.items()}
-    return {"tokens": float(batch.target_tokens), "examples": float(len(batch.labels)), **per_example, **made}
+    real = {
+        "instruction": batch.instruction_attention_mask,
+        "input": batch.attention_mask,
+        "target": batch.labels != IGNORE,
+    }
+    lengths: dict[str, float] = {}
+    for kind, mask in real.items():
+        tokens, positions = (0.0, 0) if mask is None else (float(mask.sum()), mask.numel())
+        lengths |= {f"{kind}_tokens": tokens, f"{kind}_padding": positions - tokens}
+    means = {f"{PER_EXAMPLE}{name}": value for name, value in lengths.items()}
+    totals = {f"{RUN_TOTALS}{TOTAL}{name}": value for name, value in lengths.items()}
+    return {"tokens": lengths["target_tokens"], "examples": float(len(batch.labels)), **means, **totals, **made}
 
 
 def shift_right(batch: Batch) -> Tensor:

@@ -42,6 +42,8 @@ _FREE = frozenset(
         "engine.keep_checkpoints",
         "engine.timeout_s",
         # The layout: a checkpoint of one is taken over by every other.
+        "data.dealing",
+        "data.pad_multiple",
         "engine.strategy",
         "engine.stages",
         "engine.deepspeed",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tagi_ds.divergence import StoredDistributions, kl
 from tagi_ds.engine.objective import Term, add_counts, divisor, loss_share
 from tagi_ds.model import TagiForConditionalGeneration
 from tagi_ds.model.adapter import LowRank
-from tagi_ds.objectives import SequenceObjective, TagiObjective, shift_right
+from tagi_ds.objectives import SequenceObjective, TagiObjective, batch_counts, shift_right
 from tests.conftest import VOCABULARY, MakeTagi, model_inputs, padded
 
 TASKS, PER_TASK, K = 8, 2, 12
@@ -242,6 +242,18 @@ def test_names_of_terms_and_counts_do_not_depend_on_the_batch(
     with torch.no_grad():
         named = [objective(model, part) for part in parts]
     assert len({tuple((name, term.per, term.weight) for name, term in terms.items()) for terms in named}) == 1
+
+
+def test_lengths_and_padding_are_counted_by_kind(whole: Batch) -> None:
+    counts = batch_counts(whole)
+    assert whole.instruction_attention_mask is not None
+    masks = {"instruction": whole.instruction_attention_mask, "input": whole.attention_mask}
+    for kind, mask in {**masks, "target": whole.labels != -100}.items():
+        for prefix in ("per_example/", "data/total_"):
+            tokens, padding = counts[f"{prefix}{kind}_tokens"], counts[f"{prefix}{kind}_padding"]
+            assert tokens == float(mask.sum())
+            assert tokens + padding == mask.numel()
+    assert batch_counts(replace(whole, instruction_attention_mask=None))["per_example/instruction_padding"] == 0.0
 
 
 def test_figures_beside_the_loss_count_what_is_right(whole: Batch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tagi_ds.engine.distributed import is_main
-from tagi_ds.engine.objective import PER_EXAMPLE, RUN_TOTALS
+from tagi_ds.engine.objective import PER_EXAMPLE, RUN_TOTALS, padding_shares
 from tagi_ds.engine.progress import Progress
 from tagi_ds.errors import UserError
 from tagi_ds.files import ensure_writable, write_text
@@ -36,7 +36,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "MFU": ["Multiline", ["^mfu$"]],
         "memory, GB": ["Multiline", ["^memory_gb$"]],
         "waiting for data": ["Multiline", ["^data/wait_share$"]],
-        "tokens an example": ["Multiline", ["^data/.*_(tokens|padding)$"]],
+        "tokens an example": ["Multiline", ["^data/(instruction|input|target)_(tokens|padding)$"]],
+        "share of padding": ["Multiline", ["^data/.*padding_share$"]],
     },
 }
 """What TensorBoard's CUSTOM SCALARS page shows together; the same in every run."""
@@ -162,9 +163,10 @@ class Monitor:
             for name in ("examples", "tokens")
             if name in counts and self._window_steps
         }
-        for name, value in counts.items():
-            if name.startswith(PER_EXAMPLE):
-                figures[f"{RUN_TOTALS}{name.removeprefix(PER_EXAMPLE)}"] = value / max(counts["examples"], 1.0)
+        lengths = {name.removeprefix(PER_EXAMPLE): n for name, n in counts.items() if name.startswith(PER_EXAMPLE)}
+        for name, value in lengths.items():
+            figures[f"{RUN_TOTALS}{name}"] = value / max(counts["examples"], 1.0)
+        figures |= {f"{RUN_TOTALS}{name}": share for name, share in padding_shares(lengths).items()}
         if self._window_steps and self.flops_per_step:
             figures["tflops"] = self.flops_per_step * self._window_steps / elapsed / 1e12
             if self.peak_flops:

@@ -18,6 +18,9 @@ RUN_TOTALS = "data/"
 PER_EXAMPLE = "per_example/"
 """Counts whose names begin so divide nothing: over `examples` they are logged, under RUN_TOTALS."""
 
+TOTAL = "total_"
+"""Under RUN_TOTALS the tokens and padding of a whole run begin so."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -118,6 +121,28 @@ def add_counts(objective: Objective, batches: Sequence[Any]) -> dict[str, float]
         for name, count in objective.counts(batch).items():
             sums[name] = sums.get(name, 0.0) + float(count)
     return sums
+
+
+def padding_shares(lengths: Mapping[str, float]) -> dict[str, float]:
+    """Which share of the positions is padding.
+
+    Args:
+        lengths: `<kind>_tokens` and `<kind>_padding` of each kind of text; further names are passed over.
+
+    Returns:
+        `<kind>_padding_share` of each kind that there is, and `padding_share` of all together.
+    """
+    pairs = {
+        name.removesuffix("padding"): (padding, lengths[f"{name.removesuffix('padding')}tokens"])
+        for name, padding in lengths.items()
+        if name.endswith("_padding")
+    }
+    pairs[""] = sum(padding for padding, _ in pairs.values()), sum(tokens for _, tokens in pairs.values())
+    return {
+        f"{kind}padding_share": padding / (padding + tokens)
+        for kind, (padding, tokens) in pairs.items()
+        if padding + tokens
+    }
 
 
 def divisor(term: Term, totals: Mapping[str, float]) -> float:

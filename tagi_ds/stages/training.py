@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from tagi_ds.data.examples import Batch, Task
 from tagi_ds.data.mixture import TaskMixture, evaluation_batches
 from tagi_ds.engine.distributed import all_reduce_sums
 from tagi_ds.engine.monitor import Monitor
-from tagi_ds.engine.objective import RUN_TOTALS, Objective
+from tagi_ds.engine.objective import RUN_TOTALS, TOTAL, Objective, padding_shares
 from tagi_ds.engine.probe import Probe, peak_flops
 from tagi_ds.engine.strategy import Strategy, replica_of
 from tagi_ds.engine.trainer import BatchSource, Trainer
@@ -109,8 +109,8 @@ def train(
     `probe` looks at the model beside the losses; `begin` is done once the strategy is prepared, before any batch.
 
     Returns:
-        The stage's summary: steps, epochs (None over a stream), training seconds, flops, best, parameters, and the
-        run's totals of what happened in making its batches.
+        The stage's summary: steps, epochs (None over a stream), training seconds, flops, best, parameters, the
+        run's totals of what happened in making its batches, and the share of padding in them.
     """
     config = stage.config
     config.engine = dataclasses.replace(config.engine, steps=planned_steps(config, source))
@@ -142,6 +142,11 @@ def train(
         probe=probe,
     ).fit()
     epoch_steps = getattr(source, "epoch_steps", None)
+    totals = {name.removeprefix(RUN_TOTALS): count for name, count in fitted["totals"].items()}
+    padding = padding_of(totals)
+    if padding:
+        told = ", ".join(f"{kind} {share:.0%}" for kind, share in padding.items())
+        stage.say(f"{stage.name}: share of padding: {told}")
     return {
         "steps": fitted["step"],
         "epochs": round(fitted["step"] / epoch_steps, 4) if epoch_steps else None,
@@ -149,8 +154,20 @@ def train(
         "flops": fitted["flops"],
         "best": fitted["best"],
         "parameters": parts,
-        "data": {name.removeprefix(RUN_TOTALS): int(count) for name, count in fitted["totals"].items()},
+        "data": {name: int(count) for name, count in totals.items() if not name.startswith(TOTAL)},
+        "padding": padding,
     }
+
+
+def padding_of(totals: Mapping[str, float]) -> dict[str, float]:
+    """Share of a run's positions that was padding: of `instruction`, `input` and `target`, and of `all` together.
+
+    Args:
+        totals: the run's, by their names without RUN_TOTALS.
+    """
+    lengths = {name.removeprefix(TOTAL): count for name, count in totals.items() if name.startswith(TOTAL)}
+    shares = {name.removesuffix("padding_share"): share for name, share in padding_shares(lengths).items()}
+    return {kind.removesuffix("_") or "all": round(share, 4) for kind, share in shares.items()}
 
 
 def main_settings(stage: Stage) -> dict[str, str | float]:

@@ -172,6 +172,23 @@ def test_the_global_batch_does_not_depend_on_ranks(
     assert ranks[0].join([rank.state_dict() for rank in ranks]) == alone.state_dict()
 
 
+def test_a_rank_deals_its_documents_to_micro_batches_by_length(
+    corpus: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    positions = {"order": 0, "length": 0}
+    for dealing in positions:
+        config = replace(CONFIG, tasks_per_batch=16, dealing=dealing, pad_multiple=1)
+        mixture = DocumentMixture(corpus, tokenizer, config, 5, 1, 2, 4)
+        for _ in range(6):
+            batches = mixture.next_step()
+            assert sorted(len(batch.example_ids) for batch in batches)[0] >= 1
+            assert sum(len(batch.example_ids) for batch in batches) == 8
+            for batch in batches:
+                assert batch.instruction_ids is not None
+                positions[dealing] += batch.instruction_ids.numel() + batch.input_ids.numel() + batch.labels.numel()
+    assert positions["length"] < 0.95 * positions["order"]
+
+
 def test_a_rank_opens_the_shards_of_its_own_lanes_only(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for shard in range(8):
         write_shard(tmp_path, shard, [text_of(shard, row) for row in range(5, 9)])

@@ -80,6 +80,20 @@ def test_padding(tokenizer: PreTrainedTokenizerBase, plain: DataConfig) -> None:
     assert ((batch.labels == tokenizer.eos_token_id).sum(1) == 1).all()
 
 
+@pytest.mark.parametrize("multiple", [1, 3, 16])
+def test_lengths_are_padded_to_a_multiple_and_the_texts_are_the_same(
+    tokenizer: PreTrainedTokenizerBase, plain: DataConfig, multiple: int
+) -> None:
+    usual = Collator(tokenizer, plain)(CHUNKS)
+    plain.pad_multiple = multiple
+    batch = Collator(tokenizer, plain)(CHUNKS)
+    for name, padding in (("input_ids", 0), ("attention_mask", 0), ("instruction_ids", 0), ("labels", -100)):
+        mine, theirs = getattr(batch, name), getattr(usual, name)
+        longest = int((mine != padding).sum(1).max())
+        assert mine.shape == (len(theirs), -(-longest // multiple) * multiple)
+        assert torch.equal(mine[:, :longest], theirs[:, :longest])
+
+
 def test_forms_and_units(tokenizer: PreTrainedTokenizerBase, plain: DataConfig) -> None:
     joined = Collator(tokenizer, plain, form="concatenated", unit="task")(CHUNKS)
     assert joined.instruction_ids is None

@@ -6,6 +6,7 @@ import os
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,36 @@ def test_the_global_batch_does_not_depend_on_ranks_or_accumulation(
         dealt = [rank.next_step() for rank in ranks]
         assert all(len(micro) == accumulation for micro in dealt)
         assert sorted(rows([batch for micro in dealt for batch in micro])) == sorted(rows(alone.next_step()))
+
+
+def long_tailed(sizes: list[int]) -> list[Task]:
+    return [
+        Task(task.name, task.definition, "c", tuple(replace(e, input="box " * (1 + 2**n)) for n, e in enumerate(given)))
+        for task, given in ((task, task.examples) for task in make_tasks(sizes))
+    ]
+
+
+@given(SIZES, st.integers(1, 2), st.integers(0, 99), st.sampled_from([(1, 2), (2, 1), (2, 2), (3, 2)]))
+@settings(max_examples=20, deadline=None)
+def test_dealing_changes_who_has_a_chunk_and_nothing_else(
+    collator: Collator, sizes: list[int], per_task: int, seed: int, shape: tuple[int, int]
+) -> None:
+    world_size, accumulation = shape
+    per_batch = 3 * world_size * accumulation
+    tasks = long_tailed(sizes)
+    found: dict[str, list[list[Batch]]] = {}
+    for dealing in ("order", "length"):
+        ranks = [
+            TaskMixture(tasks, collator, seed, per_batch, per_task, r, world_size, accumulation, dealing=dealing)  # type: ignore[arg-type]
+            for r in range(world_size)
+        ]
+        found[dealing] = [[batch for rank in ranks for batch in rank.next_step()] for _ in range(2)]
+        assert len({json.dumps(rank.state_dict()) for rank in ranks}) == 1
+    for step, (plain, by_length) in enumerate(zip(found["order"], found["length"], strict=True)):
+        assert sorted(rows(by_length)) == sorted(rows(plain))
+        expected = TaskMixture(tasks, UNUSED, seed, per_batch, per_task).global_batch(step)
+        in_order = [example.id for chunk in expected for example in chunk.examples]
+        assert [name for batch in plain for name in batch.example_ids] == in_order
 
 
 @given(SIZES, st.integers(0, 99), st.integers(0, 12))

@@ -107,6 +107,8 @@ def test_throughput_is_of_the_steps_alone(tmp_path: Path, monkeypatch: pytest.Mo
         "mfu": 0.25,
         "data/input_tokens": 12.5,
         "data/input_padding": 1.5,
+        "data/input_padding_share": 6 / 56,
+        "data/padding_share": 6 / 56,
         "data/wait_share": 0.25,
     }
     assert {name: first[name] for name in figures} == pytest.approx(figures)

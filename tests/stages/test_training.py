@@ -11,7 +11,7 @@ from tagi_ds.data.examples import Example, Task
 from tagi_ds.data.mixture import TaskMixture
 from tagi_ds.errors import UserError
 from tagi_ds.recipe_rules import check
-from tagi_ds.stages.training import planned_steps
+from tagi_ds.stages.training import padding_of, planned_steps
 from tagi_ds.teachers.distillation import DistilledSource
 
 TASK = Task("t", "say", "c", tuple(Example(str(n), "lamp", ("bell",)) for n in range(10)))
@@ -41,3 +41,11 @@ def test_what_makes_no_sense_is_refused_before_the_run() -> None:
     check(RunConfig(engine=EngineConfig(epochs=2.0)), "finetune")
     with pytest.raises(UserError, match=r"data\.task_cap 5 with data\.sampling uniform"):
         check(RunConfig(data=DataConfig(task_cap=5, sampling="uniform")), "finetune")
+
+
+def test_the_summary_has_the_runs_share_of_padding() -> None:
+    totals = {"malformed": 3.0, "total_input_tokens": 30.0, "total_input_padding": 10.0}
+    totals |= {"total_target_tokens": 5.0, "total_target_padding": 15.0}
+    totals |= {"total_instruction_tokens": 0.0, "total_instruction_padding": 0.0}
+    assert padding_of(totals) == {"input": 0.25, "target": 0.75, "all": 0.4167}
+    assert padding_of({"malformed": 3.0}) == {}
