@@ -161,7 +161,7 @@ def test_ablations_leave_out_what_they_say(tmp_path: Path) -> None:
     def finetune(**fields: Any) -> dict[str, Any]:
         return {"method": "tagi", "set": {"stages": {"finetune": fields}}}
 
-    alone = {"model": {"sites": []}}
+    alone: dict[str, Any] = {"model": {"sites": []}}
     plan = plan_study(
         study_of(
             tmp_path,
