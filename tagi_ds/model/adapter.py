@@ -173,8 +173,8 @@ class BlockAdapter:
             layers[0].register_forward_hook(self._fuse)
         if concatenate:
             for at, layer in enumerate(layers[1:-1], start=1):
-                attention: Any = layer.EncDecAttention
-                InstructionFront(self, attention, f"{name}.layer.{at}.EncDecAttention")
+                crossing: Any = layer.EncDecAttention
+                InstructionFront(self, crossing, f"{name}.layer.{at}.EncDecAttention")
 
     def adapt(self, site: str, x: Tensor, output: Tensor, by_task: bool = False) -> Tensor:
         """A site's output (N, L, d_out) with its update; as it is where the state has none for it.

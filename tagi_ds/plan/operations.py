@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tagi_ds.model.adapter import Site
 from tagi_ds.plan.shapes import Block, Shapes
 from tagi_ds.plan.workload import Workload
 
@@ -126,24 +127,31 @@ def _block(shapes: Shapes, block: Block, work: Workload) -> Cost:
     if block.encoder and block.fusion:
         query = 2.0 * tokens * d * shapes.fusion_inner
         cost += Cost(2 * query, 4 * query) + _attention(tokens * work.instruction * shapes.fusion_inner)
-    memory = work.source + (work.memory_tokens if shapes.concatenate else 0)
+    # The instruction's keys and values are computed once a task, and examples attend to them.
+    front = work.memory_tokens if shapes.concatenate else 0
     if not block.encoder:
-        cost += _linears(shapes, 2 * projection) + _linears(shapes, 4.0 * n * memory * d * inner)
-        cost += _attention(n * length * memory * inner)
+        cost += _linears(shapes, 2 * projection) + _linears(shapes, 4.0 * n * work.source * d * inner)
+        cost += _linears(shapes, 4.0 * work.tasks * front * d * inner, shapes.encoder_trains)
+        cost += _attention(n * length * (front + work.source) * inner)
     last = 2.0 * tokens * d * shapes.d_ff
     cost += _linears(shapes, last * (2 if shapes.gated else 1)) + _linears(shapes, last)
     for site in block.sites:
-        long = site.name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
-        rows = n * (memory if long else length)
-        down, up = 2.0 * rows * shapes.rank * site.d_in, 2.0 * rows * shapes.rank * site.d_out
-        reads_input = block.first and "SelfAttention" in site.name and not site.name.endswith(".o")
-        gradients = shapes.generates_a + (needs_input or not reads_input)
-        cost += Cost(down + up, gradients * down + 2 * up)
+        if site.name.endswith(("EncDecAttention.k", "EncDecAttention.v")):
+            cost += _adapter(shapes, site, n * work.source)
+            cost += _adapter(shapes, site, work.tasks * front, shapes.encoder_trains)
+        else:
+            reads_input = block.first and "SelfAttention" in site.name and not site.name.endswith(".o")
+            cost += _adapter(shapes, site, n * length, needs_input or not reads_input)
     if not work.checkpointing:
         return cost
     # Dropout keeps a mask of the last product's result, so that it is computed again too.
     spared = 0.0 if shapes.dropout > 0 or any(s.name.endswith("wo") for s in block.sites) else last
     return replace(cost, recomputed=cost.forward - spared)
+
+
+def _adapter(shapes: Shapes, site: Site, rows: int, needs_input: bool = True) -> Cost:
+    down, up = 2.0 * rows * shapes.rank * site.d_in, 2.0 * rows * shapes.rank * site.d_out
+    return Cost(down + up, (shapes.generates_a + needs_input) * down + 2 * up)
 
 
 def _linears(shapes: Shapes, forward: float, needs_input: bool = True) -> Cost:
