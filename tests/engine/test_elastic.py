@@ -88,7 +88,8 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def figures(run_dir: Path) -> dict[int, list[float]]:
-    names = ("loss/total", "loss/label", "loss/size", "loss/seen", "lr", "grad_norm")
+    # Not the mean over micro-batches (`loss/seen`), which hold other examples in another layout.
+    names = ("loss/total", "loss/label", "loss/size", "lr", "grad_norm")
     return {int(line["step"]): [line[name] for name in names] for line in metrics(run_dir)}
 
 
