@@ -21,6 +21,7 @@ from tagi_ds.methods import METHODS
 from tagi_ds.model.adapter import Site, find_sites
 from tagi_ds.model.backbone import backbone_class, content_hash, empty_backbone, load_backbone, resolve_folder
 from tagi_ds.model.configuration import TagiConfig
+from tagi_ds.model.head import accept_reader
 from tagi_ds.model.start import Gather, whole
 from tagi_ds.model.tagi import TagiForConditionalGeneration
 from tagi_ds.model.weights import Held, materialize, read_backbone
@@ -76,7 +77,9 @@ def build_scratch(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         dropout_rate=config.model.dropout or 0.0,
     )
     settings.decoder_start_token_id = tokenizer.pad_token_id
-    return T5ForConditionalGeneration(settings)
+    model = T5ForConditionalGeneration(settings)
+    accept_reader(model, model.lm_head)
+    return model
 
 
 def build_seq2seq(config: RunConfig, folder: Path) -> PreTrainedModel:
@@ -91,6 +94,7 @@ def build_meta(config: RunConfig, folder: Path) -> nn.Module:
     """
     model = build_seq2seq(config, folder)
     if not config.model.meta_lora:
+        accept_reader(model, model.get_output_embeddings())
         return model.requires_grad_(True)
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -100,7 +104,10 @@ def build_meta(config: RunConfig, folder: Path) -> nn.Module:
         lora_alpha=config.model.alpha,  # type: ignore[arg-type]  # any number scales
         target_modules=[site.name for site in find_sites(model, config.model.sites)],
     )
-    return get_peft_model(model, settings)
+    adapted = get_peft_model(model, settings)
+    # The wrapper calls the model's forward past its hooks.
+    accept_reader(adapted, model.get_output_embeddings())
+    return adapted
 
 
 def _overrides(settings: ModelConfig) -> dict[str, Any]:

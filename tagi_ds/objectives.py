@@ -10,10 +10,12 @@ from torch import Tensor
 
 from tagi_ds.config import LossConfig
 from tagi_ds.data.examples import COUNTS, Batch
-from tagi_ds.divergence import Distributions, kl
+from tagi_ds.divergence import Distributions
 from tagi_ds.engine.objective import PER_EXAMPLE, RUN_TOTALS, TOTAL, Term
-from tagi_ds.losses import ALIGNMENTS, IGNORE, alignment_share, alignment_weight, label_loss
+from tagi_ds.losses import ALIGNMENTS, IGNORE, alignment_share, alignment_weight
 from tagi_ds.model.adapter import LowRank
+from tagi_ds.model.head import Figures
+from tagi_ds.reading import TargetReader
 
 
 class SequenceObjective:
@@ -25,13 +27,14 @@ class SequenceObjective:
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
         """L_pred and the share of target tokens predicted right."""
-        output = model(
+        figures = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             decoder_input_ids=shift_right(batch),
             use_cache=False,
+            read=TargetReader(batch.labels),
         )
-        return label_terms(output.logits, batch, 1.0)
+        return label_terms(figures, batch, 1.0)
 
 
 class TagiObjective:
@@ -73,8 +76,8 @@ class TagiObjective:
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
         """The terms of one micro-batch."""
-        output = model(**self.inputs(batch))
-        return self.terms(output.logits, batch, self.alignment_errors(output.state.adapters, batch))
+        output = model(**self.inputs(batch), read=self.reader(batch))
+        return self.terms(output.figures, batch, self.alignment_errors(output.state.adapters, batch))
 
     def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
         """What the model takes of a batch."""
@@ -112,14 +115,19 @@ class TagiObjective:
         error = ALIGNMENTS[name](adapters, chosen, self.scaling, self.teacher_scaling, self.mean_square)
         return error if sites is None else error * alignment_share(name, chosen, teacher)
 
-    def terms(self, logits: Tensor, batch: Batch, errors: Tensor | None) -> dict[str, Term]:
-        """The terms of one micro-batch, from its logits (N, T, V) and the errors (U,) of all sites together."""
-        terms = label_terms(logits, batch, self.config.label)
+    def reader(self, batch: Batch) -> TargetReader:
+        """What takes the figures of a micro-batch from its logits; an online teacher speaks here."""
+        teacher = self._distributions(batch) if self.config.kl > 0 else None
+        return TargetReader(batch.labels, teacher, self.temperature)
+
+    def terms(self, figures: Figures, batch: Batch, errors: Tensor | None) -> dict[str, Term]:
+        """The terms of one micro-batch, from its figures and the errors (U,) of all sites together."""
+        terms = label_terms(figures, batch, self.config.label)
         if self.config.kl > 0:
-            divergence = kl(logits, self._distributions(batch), batch.labels, self.temperature)
-            terms["kl"] = Term(divergence, "tokens", self.config.kl)
+            assert figures.divergence is not None
+            terms["kl"] = Term(figures.divergence.sum(), "tokens", self.config.kl)
         if self.config.alignment:
-            terms.update(self._alignment(errors, batch, logits))
+            terms.update(self._alignment(errors, batch, figures))
         return terms
 
     def _distributions(self, batch: Batch) -> Distributions:
@@ -128,11 +136,11 @@ class TagiObjective:
         stored: Distributions = batch.teacher["distributions"]
         return stored
 
-    def _alignment(self, error: Tensor | None, batch: Batch, logits: Tensor) -> dict[str, Term]:
+    def _alignment(self, error: Tensor | None, batch: Batch, figures: Figures) -> dict[str, Term]:
         """Per distinct task, averaged by example count: neither grouping nor world size changes it."""
         if error is None:
             # No unit of this micro-batch has a teacher; the terms keep their names, and the graph its adapters.
-            zero = 0.0 * logits.float().sum()
+            zero = 0.0 * figures.label.sum()
             return {"alignment": Term(zero, "examples", 1.0), "mse": Term(zero, "aligned_examples", 0.0)}
         examples = self._aligned_examples(batch).to(error.dtype)
         weighted = (examples * alignment_weight(error, self.config.alignment) * error).sum()
@@ -173,13 +181,12 @@ def shift_right(batch: Batch) -> Tensor:
     return shifted
 
 
-def label_terms(logits: Tensor, batch: Batch, weight: float) -> dict[str, Term]:
+def label_terms(figures: Figures, batch: Batch, weight: float) -> dict[str, Term]:
     """L_pred, and two figures that are only logged: token accuracy and teacher-forced exact match."""
     real = batch.labels != IGNORE
-    right = (logits.argmax(-1) == batch.labels) & real
-    exact = (right | ~real).all(1) & real.any(1)
+    exact = (figures.right | ~real).all(1) & real.any(1)
     return {
-        "label": Term(label_loss(logits, batch.labels), "tokens", weight),
-        "token_accuracy": Term(right.sum().float(), "tokens", 0.0),
+        "label": Term(figures.label.sum(), "tokens", weight),
+        "token_accuracy": Term(figures.right.sum().float(), "tokens", 0.0),
         "exact": Term(exact.sum().float(), "examples", 0.0),
     }

@@ -15,7 +15,9 @@ from tagi_ds.divergence import StoredDistributions, kl
 from tagi_ds.engine.objective import Term, add_counts, divisor, loss_share
 from tagi_ds.model import TagiForConditionalGeneration
 from tagi_ds.model.adapter import LowRank
+from tagi_ds.model.head import Figures, ReadingHead
 from tagi_ds.objectives import SequenceObjective, TagiObjective, batch_counts, shift_right
+from tagi_ds.reading import TargetReader
 from tests.conftest import VOCABULARY, MakeTagi, model_inputs, padded
 
 TASKS, PER_TASK, K = 8, 2, 12
@@ -262,15 +264,15 @@ def test_figures_beside_the_loss_count_what_is_right(whole: Batch) -> None:
     logits[0, 0], logits[1] = 0.0, 0.0
     logits[0, 0, 2], logits[1, :, 2] = 1.0, 1.0
 
-    class Output:
-        def __init__(self) -> None:
-            self.logits = logits
-
+    head = torch.nn.Linear(VOCABULARY, VOCABULARY, bias=False)
+    torch.nn.init.eye_(head.weight)
+    ReadingHead.instead_of(head)
     seen: dict[str, Tensor] = {}
 
-    def model(**inputs: Tensor) -> Output:
+    def model(read: TargetReader, **inputs: Tensor) -> Figures:
         seen.update(inputs)
-        return Output()
+        figures: Figures = head(logits, read)
+        return figures
 
     objective = SequenceObjective()
     terms: dict[str, Term] = objective(model, whole)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tagi_ds.model.head import Figures, Reader
 
 MICRO_BATCHES = "micro_batches"
 """Total by which a term with `per=None` is divided."""
@@ -67,8 +70,11 @@ class StagedObjective(Objective, Protocol):
     def alignment_errors(self, adapters: Mapping[str, Any], batch: Any, sites: Any = None) -> Tensor | None:
         """(U,) float32, what the adapters of `sites` add to each task's alignment error; None where nothing does."""
 
-    def terms(self, logits: Tensor, batch: Any, errors: Tensor | None) -> dict[str, Term]:
-        """The terms, from the logits and the errors of all sites together."""
+    def reader(self, batch: Any) -> Reader:
+        """What takes the figures of a batch from its logits."""
+
+    def terms(self, figures: Figures, batch: Any, errors: Tensor | None) -> dict[str, Term]:
+        """The terms, from the figures and the errors of all sites together."""
 
 
 class BatchSource(Protocol):

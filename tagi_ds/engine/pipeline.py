@@ -26,6 +26,7 @@ from tagi_ds.engine.schedule import learning_rate
 from tagi_ds.engine.strategy import Judged, StepOutcome, Strategy, decay_groups, detached
 from tagi_ds.engine.zero import import_deepspeed, initialize, require_adamw, shares_of
 from tagi_ds.errors import UserError
+from tagi_ds.model.head import Figures, Reader
 from tagi_ds.model.payload import MicroBatch
 from tagi_ds.plan.stages import balance
 
@@ -137,8 +138,8 @@ class PipelineStrategy(Strategy):
         # DeepSpeed divides by the micro-batches and averages over the replicas.
         scale = float(len(batches) * self._replicas)
 
-        def finish(number: int, logits: Tensor, errors: Tensor) -> Tensor:
-            terms = staged.terms(logits, moved[number], errors)
+        def finish(number: int, figures: Figures, errors: Tensor) -> Tensor:
+            terms = staged.terms(figures, moved[number], errors)
             share = loss_share(terms, totals)
             judged.append(Judged(detached(terms), share.detach()))
             return share * scale
@@ -157,9 +158,9 @@ class PipelineStrategy(Strategy):
         for first in range(0, len(batches), many):
             moved = [batch.to(self.ranks.device) for batch in batches[first : first + many]]
 
-            def finish(number: int, logits: Tensor, errors: Tensor, moved: list[Any] = moved) -> Tensor:
-                found.append(staged.terms(logits, moved[number], errors))
-                return logits.new_zeros(())
+            def finish(number: int, figures: Figures, errors: Tensor, moved: list[Any] = moved) -> Tensor:
+                found.append(staged.terms(figures, moved[number], errors))
+                return figures.label.new_zeros(())
 
             self._begin(staged, moved, finish)
             settings = {"compute_loss": False, "reduce_output": None, "bcast_loss": False}
@@ -246,7 +247,10 @@ def _micro_batch(objective: StagedObjective, batch: Any) -> MicroBatch:
     def align(adapters: Mapping[str, Any]) -> Tensor | None:
         return objective.alignment_errors(adapters, batch, adapters.keys())
 
-    return MicroBatch(**inputs, instruction=encoded, align=align)
+    def reader() -> Reader:
+        return objective.reader(batch)
+
+    return MicroBatch(**inputs, instruction=encoded, align=align, reader=reader)
 
 
 def _staged(objective: Objective) -> StagedObjective:

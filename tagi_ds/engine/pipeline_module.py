@@ -13,11 +13,12 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
+from tagi_ds.model.head import Figures
 from tagi_ds.model.payload import MicroBatch, Payload
 from tagi_ds.model.pipeline import EncoderEnd
 
-Finish = Callable[[int, Tensor, Tensor], Tensor]
-"""Number of the micro-batch, its logits and its alignment errors -> the loss to go back from."""
+Finish = Callable[[int, Figures, Tensor], Tensor]
+"""Number of the micro-batch, its figures and its alignment errors -> the loss to go back from."""
 
 
 class Stages(PipelineModule):
@@ -80,9 +81,9 @@ class Stages(PipelineModule):
         if not self.is_last:
             return payload.pack()
         assert self._finish is not None
-        assert payload.hidden is not None
+        assert payload.figures is not None
         assert payload.errors is not None
-        return self._finish(number, payload.hidden, payload.errors)
+        return self._finish(number, payload.figures, payload.errors)
 
     def _received(self, packed: Tensor, micro: MicroBatch) -> Payload:
         # DecoderStart follows EncoderEnd at once.

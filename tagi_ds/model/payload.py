@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tagi_ds.model.adapter import LowRank
+from tagi_ds.model.head import Figures, Reader
 
 Align = Callable[[Mapping[str, LowRank]], Tensor | None]
 """Adapters of some sites -> their share of each task's alignment error, (U,) float32; None where there is none."""
@@ -27,6 +28,7 @@ class MicroBatch:
         instruction: (U, S, d) encoded instructions, from before or by the step's own pass; None: not yet encoded, and
             no adapters, no fusion.
         align: what the adapters add to the alignment error; None without that loss.
+        reader: makes what takes figures from the logits, asked for on the last stage alone; None: logits are wanted.
     """
 
     input_ids: Tensor
@@ -37,6 +39,7 @@ class MicroBatch:
     task_index: Tensor | None = None
     instruction: Tensor | None = None
     align: Align | None = None
+    reader: Callable[[], Reader] | None = None
 
     @property
     def tasks(self) -> int:
@@ -57,12 +60,14 @@ class Payload:
         hidden: (N, L, d) in the encoder, (N, T, d) in the decoder, the logits (N, T, V) behind the head; None between.
         memory: (N, L, d), F: the encoder's last; None before its end.
         errors: (U,) float32, the alignment error of the layers so far.
+        figures: what was read of the logits, behind the head.
         bias, cross_bias, mask, cross_mask, attended: made by the first block of a stage for those behind it; not sent.
     """
 
     hidden: Tensor | None = None
     memory: Tensor | None = None
     errors: Tensor | None = None
+    figures: Figures | None = None
     bias: Tensor | None = None
     cross_bias: Tensor | None = None
     mask: Any = None

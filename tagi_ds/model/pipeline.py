@@ -192,9 +192,14 @@ class Head(nn.Module):
         self.scale = backbone.model_dim**-0.5 if backbone.config.scale_decoder_outputs else None
 
     def forward(self, payload: Payload, micro: MicroBatch) -> Payload:
-        """Hidden (N, T, d) -> the logits (N, T, V) in its place."""
+        """Hidden (N, T, d) -> the figures that the micro-batch's reader takes; without one the logits (N, T, V)."""
         hidden = self.dropout(self.final_layer_norm(payload.hidden))
-        payload.hidden = self.lm_head(hidden if self.scale is None else hidden * self.scale)
+        if self.scale is not None:
+            hidden = hidden * self.scale
+        if micro.reader is None:
+            payload.hidden = self.lm_head(hidden)
+        else:
+            payload.figures = self.lm_head(hidden, micro.reader())
         return payload
 
 

@@ -25,6 +25,7 @@ from tagi_ds.model.adapter import STATE_KEYWORD, TaskState, find_sites, install
 from tagi_ds.model.backbone import backbone_class, parameters_to_train
 from tagi_ds.model.configuration import TagiConfig
 from tagi_ds.model.fusion import Fusion, FusionLayer, FusionMemory
+from tagi_ds.model.head import Figures, Reader, ReadingHead
 from tagi_ds.model.hypernetwork import Hypernetwork, SiteGroup
 from tagi_ds.model.start import Gather, Starting, fill, whole
 from tagi_ds.runs import runs_of
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class TagiOutput(Seq2SeqLMOutput):
-    """Logits (N, T, vocabulary), and the state that the instructions gave, for losses on the adapters."""
+    """Logits (N, T, vocabulary) or what was read of them, and the state that the instructions gave, for losses on the
+    adapters."""
 
     state: TaskState | None = None
+    figures: Figures | None = None
 
 
 class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -60,6 +63,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             sub_config = config.backbone_config
             backbone = backbone_class(sub_config.model_type, config.own_head)(sub_config)
         self.backbone = backbone
+        ReadingHead.instead_of(self.backbone.lm_head)
         sub = backbone.config
         sites = find_sites(backbone, config.sites or [])
         fusion = None
@@ -265,9 +269,10 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoder_outputs: BaseModelOutput | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        read: Reader | None = None,
         **kwargs: Any,
     ) -> TagiOutput:
-        """Logits for N examples of U tasks.
+        """Logits for N examples of U tasks, or what a reader takes of them.
 
         Args:
             input_ids, attention_mask: (N, L); with `encoder_outputs`, the mask of :meth:`encode_input`.
@@ -280,9 +285,10 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             state: of :meth:`compile_instructions`.
             encoder_outputs: F of :meth:`encode_input`.
             past_key_values, use_cache: as in transformers.
+            read: takes figures from the logits of some positions at a time, which then never exist together.
 
         Returns:
-            logits (N, T, vocabulary) and the state.
+            logits (N, T, vocabulary), or with `read` its figures, and the state.
         """
         if state is None:
             assert instruction_attention_mask is not None
@@ -308,9 +314,10 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden = decoded.last_hidden_state
         if self.backbone.config.scale_decoder_outputs:
             hidden = hidden * self.backbone.model_dim**-0.5
-        logits = self.backbone.lm_head(hidden)
+        found = self.backbone.lm_head(hidden, read)
         return TagiOutput(
-            logits=logits,
+            logits=found if read is None else None,
+            figures=None if read is None else found,
             past_key_values=decoded.past_key_values,
             encoder_last_hidden_state=memory,
             state=state,

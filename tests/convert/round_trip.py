@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from tagi_ds import recipe, run_folder
@@ -20,9 +20,9 @@ from tagi_ds.build import build_tagi
 from tagi_ds.data.examples import Batch
 from tagi_ds.engine import distributed
 from tagi_ds.engine.monitor import Monitor
-from tagi_ds.engine.objective import Term
 from tagi_ds.engine.strategy import make_strategy
 from tagi_ds.engine.trainer import Trainer
+from tagi_ds.model.head import ReadingHead
 from tagi_ds.objectives import TagiObjective
 from tagi_ds.stages.training import BackboneRecord
 from tests.convert.runs import SameBatch
@@ -30,14 +30,18 @@ from tests.convert.runs import SameBatch
 LOGITS = "logits.safetensors"
 
 
-class Listening(TagiObjective):
-    """Keeps the logits of which it computes the terms."""
+class Listener:
+    """Computes all logits of what the heads of a model read, while these have their weights."""
 
-    heard: Tensor | None = None
+    def __init__(self, model: nn.Module) -> None:
+        self.heard: Tensor | None = None
+        for module in model.modules():
+            if isinstance(module, ReadingHead):
+                module.register_forward_hook(self._listen)
 
-    def terms(self, logits: Tensor, batch: Batch, errors: Tensor | None) -> dict[str, Term]:
-        self.heard = logits.detach().clone()
-        return super().terms(logits, batch, errors)
+    def _listen(self, head: nn.Module, args: tuple[Tensor, ...], _: Any) -> None:
+        with torch.no_grad():
+            self.heard = nn.functional.linear(args[0], head.weight)
 
 
 def train(backbone: Path, batch: Batch, run_dir: Path, engine: dict[str, Any], ranks: distributed.Ranks) -> None:
@@ -58,17 +62,16 @@ def train(backbone: Path, batch: Batch, run_dir: Path, engine: dict[str, Any], r
     strategy = make_strategy(settings.engine, ranks)
     with strategy.model_context():
         model = build_tagi(settings, strategy.dtype, strategy.gathered, construction=strategy.construction())
-    objective = Listening(settings.loss, model.config.scaling)
+    objective, listener = TagiObjective(settings.loss, model.config.scaling), Listener(model)
     strategy.prepare(model, settings.optimizer, settings.engine.steps)
     monitor = Monitor(run_dir, "finetune", settings.engine.steps)
     record = BackboneRecord(settings, "finetune")
     source = SameBatch(batch)
     Trainer(strategy, objective, source, settings.engine, run_dir, monitor, extra_state=record).fit()
-    objective.heard = None
     strategy.module.eval()
     strategy.evaluate(objective, [batch])
-    if objective.heard is not None and strategy.replica.index == 0:
-        save_file({"logits": objective.heard}, run_dir / LOGITS)
+    if listener.heard is not None and strategy.replica.index == 0:
+        save_file({"logits": listener.heard}, run_dir / LOGITS)
 
 
 def main() -> None:

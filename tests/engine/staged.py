@@ -30,6 +30,7 @@ from tagi_ds.engine.trainer import Interrupted, Trainer
 from tagi_ds.errors import UserError
 from tagi_ds.model import LowRank, Site, TagiConfig, TagiForConditionalGeneration
 from tagi_ds.model.backbone import load_backbone
+from tagi_ds.model.head import Figures
 from tagi_ds.objectives import TagiObjective
 from tests.conftest import padded, stir
 from tests.engine.toy import kill_while_publishing
@@ -148,8 +149,8 @@ class Faulty(TagiObjective):
         self.calls += bool(batch.example_ids)
         return super().inputs(batch)
 
-    def terms(self, logits: Tensor, batch: Batch, errors: Tensor | None) -> dict[str, Term]:
-        terms = super().terms(logits, batch, errors)
+    def terms(self, figures: Figures, batch: Batch, errors: Tensor | None) -> dict[str, Term]:
+        terms = super().terms(figures, batch, errors)
         self.judged += bool(batch.example_ids)
         if self.poison is not None and self.judged > self.poison:
             terms["label"] = Term(terms["label"].value * float("nan"), "tokens", 1.0)
