@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tagi_ds.data.collate import MULTIPLE
+from tagi_ds.data.collate import PAD_MULTIPLE
 from tagi_ds.errors import UserError
 from tagi_ds.files import whole_file
 from tagi_ds.teachers.binding import content_checksum, read_manifest, require_fit, write_manifest
@@ -68,7 +68,7 @@ def plan_shards(instructions: Iterable[np.ndarray], binding: Mapping[str, Any]) 
     ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
     groups: list[list[tuple[str, np.ndarray]]] = []
     for key, ids in ordered:
-        width = -(-len(groups[-1][0][1]) // MULTIPLE) * MULTIPLE if groups else 0
+        width = -(-len(groups[-1][0][1]) // PAD_MULTIPLE) * PAD_MULTIPLE if groups else 0
         if not groups or (len(groups[-1]) + 1) * width > BATCH_TOKENS:
             groups.append([])
         groups[-1].append((key, ids))
@@ -96,7 +96,7 @@ def write_shard(path: Path, shard: Shard, encoded: Tensor) -> None:
     parts = [row[: len(ids)] for row, ids in zip(encoded, shard.rows, strict=True)]
     tensor = torch.cat(parts).contiguous().cpu()
     with whole_file(path) as aside:
-        aside.write_bytes(save({TENSOR: tensor}, {HEADER: json.dumps({"content": _content(tensor)})}))
+        aside.write_bytes(save({TENSOR: tensor}, {HEADER: json.dumps({"content": _content(path.name, tensor)})}))
 
 
 def is_whole(path: Path) -> bool:
@@ -104,13 +104,14 @@ def is_whole(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {})[HEADER])["content"]
-            return bool(content == _content(file.get_tensor(TENSOR)))
+            return bool(content == _content(path.name, file.get_tensor(TENSOR)))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return False
 
 
-def _content(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+def _content(name: str, tensor: Tensor) -> str:
+    # With the name: another shard's file in this one's place is not whole either.
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
