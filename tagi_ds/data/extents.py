@@ -26,6 +26,7 @@ class Extents:
     def __init__(self, collator: Collator) -> None:
         self._collator = collator
         self._rates: dict[str, tuple[_Rate, _Rate]] = {}
+        self._instructions: dict[tuple[str, int], int] = {}
 
     def __call__(self, task: Task, paraphrase: int, rows: Sequence[int]) -> tuple[int, int, int, int]:
         """What `deal` wants to know of a chunk: examples, and tokens of instruction, longest input, longest target.
@@ -37,7 +38,7 @@ class Extents:
         """
         config, form = self._collator.config, self._collator.form
         input_rate, target_rate = self._rates_of(task)
-        instruction = 0 if form == "input_only" else len(self._collator.instruction_ids(task, paraphrase))
+        instruction = self._instruction(task, paraphrase)
         extents = [extent_of(task.examples, row) for row in rows]
         given = max(input_rate.tokens(self._read(extent)) for extent in extents)
         if form == "concatenated" and not any(extent.rendered for extent in extents):
@@ -49,6 +50,15 @@ class Extents:
             min(given, config.max_source_tokens),
             min(target, config.max_target_tokens),
         )
+
+    def _instruction(self, task: Task, paraphrase: int) -> int:
+        """Tokens of an instruction; 0 where the model reads none."""
+        if self._collator.form == "input_only":
+            return 0
+        key = task.name, paraphrase
+        if key not in self._instructions:
+            self._instructions[key] = len(self._collator.instruction_ids(task, paraphrase))
+        return self._instructions[key]
 
     def _read(self, extent: Extent) -> int:
         """Bytes of an example beside the instruction and the prompt's own words."""
