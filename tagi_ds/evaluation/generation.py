@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import nn
 from tagi_ds.data.examples import Batch, Task
 from tagi_ds.evaluation.dealing import Collate, Pair, answer_all, plan_batches
 from tagi_ds.evaluation.predictions import Prediction, PredictionStore, key_of
+from tagi_ds.model.inference import Inference
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,25 @@ def predict(
     pairs = [(task, example) for task in tasks for example in task.examples]
     keys = example_keys(group, pairs, dict(fingerprint), settings.max_new_tokens, settings.beams)
 
-    def answer(batch: Sequence[Pair]) -> list[Prediction]:
-        return _answer(model, tokenizer, batch, collate, settings, keys)
+    # A tokenizer serves one thread at a time.
+    reading = threading.Lock()
+
+    def prepare(batch: Sequence[Pair]) -> Batch:
+        with reading:
+            return collate(batch)
 
     batches = plan_batches(pairs, settings.batch_examples)
-    return answer_all(model, pairs, batches, keys, answer, PredictionStore(folder, group), progress)
+    with Inference(model) as inference:
+
+        def answer(batch: Sequence[Pair], read: Batch) -> list[Prediction]:
+            began = time.perf_counter()
+            inputs = model_inputs(read.to(next(model.parameters()).device))
+            tokens = inference.generate(inputs, settings.max_new_tokens, beams=settings.beams).cpu()
+            with reading:
+                texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            return _predictions(batch, texts, (time.perf_counter() - began) / len(batch), keys)
+
+        return answer_all(model, pairs, batches, keys, prepare, answer, PredictionStore(folder, group), progress)
 
 
 def example_keys(group: str, pairs: Sequence[Pair], *circumstances: Any) -> dict[str, str]:
@@ -107,19 +123,9 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def _answer(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    collate: Collate,
-    settings: GenerationSettings,
-    keys: Mapping[str, str],
+def _predictions(
+    pairs: Sequence[Pair], texts: Sequence[str], seconds: float, keys: Mapping[str, str]
 ) -> list[Prediction]:
-    began = time.perf_counter()
-    inputs = model_inputs(collate(pairs).to(next(model.parameters()).device))
-    tokens = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, num_beams=settings.beams, do_sample=False)
-    texts = tokenizer.batch_decode(tokens.cpu(), skip_special_tokens=True)
-    seconds = (time.perf_counter() - began) / len(pairs)
     return [
         Prediction(example.id, task.name, example.input, text.strip(), example.references, seconds, keys[example.id])
         for (task, example), text in zip(pairs, texts, strict=True)

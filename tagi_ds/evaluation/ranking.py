@@ -23,8 +23,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from tagi_ds.data.collate import IGNORED, pad_labels
 from tagi_ds.data.examples import Batch, Task
 from tagi_ds.evaluation.dealing import Collate, Pair, answer_all, plan_batches
-from tagi_ds.evaluation.generation import GenerationSettings, example_keys
+from tagi_ds.evaluation.generation import GenerationSettings, example_keys, model_inputs
 from tagi_ds.evaluation.predictions import Prediction, PredictionStore
+from tagi_ds.model.adapter import TaskState
+from tagi_ds.model.inference import Inference
 from tagi_ds.runs import runs_of
 
 Encode = Callable[[str], np.ndarray]
@@ -68,11 +70,16 @@ def rank(
     pairs = [(task, example) for task in tasks for example in task.examples]
     keys = example_keys(group, pairs, "rank", dict(fingerprint))
 
-    def answer(batch: Sequence[Pair]) -> list[Prediction]:
-        return _answer(model, batch, collate, encode, keys)
+    def prepare(batch: Sequence[Pair]) -> tuple[Batch, list[list[np.ndarray]]]:
+        return collate(batch), [[encode(choice) for choice in example.choices] for _, example in batch]
 
     batches = plan_batches(pairs, settings.batch_examples, lambda example: len(example.choices))
-    return answer_all(model, pairs, batches, keys, answer, PredictionStore(folder, group), progress)
+    with Inference(model) as inference:
+
+        def answer(batch: Sequence[Pair], prepared: tuple[Batch, list[list[np.ndarray]]]) -> list[Prediction]:
+            return _answer(inference, batch, *prepared, keys)
+
+        return answer_all(model, pairs, batches, keys, prepare, answer, PredictionStore(folder, group), progress)
 
 
 def chosen(prediction: Prediction, normalised: bool) -> str:
@@ -84,11 +91,11 @@ def chosen(prediction: Prediction, normalised: bool) -> str:
 
 
 @torch.no_grad()
-def choice_likelihoods(model: Any, batch: Batch, labels: Tensor, owner: Tensor) -> Tensor:
+def choice_likelihoods(inference: Inference, batch: Batch, labels: Tensor, owner: Tensor) -> Tensor:
     """Log-likelihoods of C answer choices, each of one of N examples.
 
     Args:
-        model: as in :func:`rank`.
+        inference: of the model of :func:`rank`.
         batch: the N examples.
         labels: (C, T) int64, the choices' tokens, -100 behind them.
         owner: (C,) int64, which of the examples a choice belongs to.
@@ -96,12 +103,13 @@ def choice_likelihoods(model: Any, batch: Batch, labels: Tensor, owner: Tensor) 
     Returns:
         (C,) float32, in nats.
     """
-    further: dict[str, Any] = {}
+    model, further = inference.model, {}
     if batch.instruction_ids is not None:
-        state = model.compile_instructions(batch.instruction_ids, batch.instruction_attention_mask)
-        memory, mask = model.encode_input(batch.input_ids, batch.attention_mask, state.at(batch.runs))
+        state = _state(inference, batch, int((labels != IGNORED).sum()))
+        memory, mask = model.encode_input(batch.input_ids, batch.attention_mask, state)
         assert batch.task_index is not None
-        further = {"state": state, "task_index": runs_of(batch.task_index[owner])}
+        one = len(batch.instruction_ids) == 1
+        further = {"state": state.at(None if one else runs_of(batch.task_index[owner]))}
         shift = model.backbone.prepare_decoder_input_ids_from_labels
     else:
         encoder = model.get_encoder()
@@ -118,15 +126,26 @@ def choice_likelihoods(model: Any, batch: Batch, labels: Tensor, owner: Tensor) 
     return -lost.sum(dim=1)
 
 
+def _state(inference: Inference, batch: Batch, tokens: int) -> TaskState:
+    if inference.is_whole:
+        return inference.state(model_inputs(batch), tokens)
+    # Every rank compiles with every batch: which of them has the tasks already would differ.
+    compiled: TaskState = inference.model.compile_instructions(batch.instruction_ids, batch.instruction_attention_mask)
+    return compiled.at(batch.runs)
+
+
 def _answer(
-    model: Any, pairs: Sequence[Pair], collate: Collate, encode: Encode, keys: Mapping[str, str]
+    inference: Inference,
+    pairs: Sequence[Pair],
+    read: Batch,
+    ids: Sequence[Sequence[np.ndarray]],
+    keys: Mapping[str, str],
 ) -> list[Prediction]:
     began = time.perf_counter()
-    device = next(model.parameters()).device
-    ids = [[encode(choice) for choice in example.choices] for _, example in pairs]
+    device = next(inference.model.parameters()).device
     owner = torch.tensor([at for at, choices in enumerate(ids) for _ in choices])
     labels = pad_labels([choice for choices in ids for choice in choices])
-    sums = choice_likelihoods(model, collate(pairs).to(device), labels.to(device), owner.to(device))
+    sums = choice_likelihoods(inference, read.to(device), labels.to(device), owner.to(device))
     rounded = iter([round(value, DECIMALS) for value in sums.tolist()])
     seconds = (time.perf_counter() - began) / len(pairs)
     found = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +13,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from tagi_ds.errors import UserError
 from tagi_ds.files import whole_file
 from tagi_ds.model.adapter import LowRank, TaskState
+from tagi_ds.model.greedy import project_instructions
 
 if TYPE_CHECKING:
     from tagi_ds.model.tagi import TagiForConditionalGeneration
 
 FORMAT = "tagi_ds compiled task 1"
+KEPT_BYTES = 2_000_000_000
+"""Memory for the compiled tasks of one process: at 11B, rank 32 and instructions of 512 tokens some six of them."""
 
 
 @dataclass
@@ -28,8 +34,8 @@ class CompiledTask:
 
     Attributes:
         instruction: its text, empty where only ids were known.
-        state: adapters (1, r, d_in) and (1, d_out, r) by site, fusion memory, decoder memory. What the first answer
-            computes of the latter for the decoder's attention is kept there too; the file does not have it.
+        state: adapters (1, r, d_in) and (1, d_out, r) by site, fusion memory, decoder memory; and what the decoder's
+            attention takes of that, which the file does not have.
         shape: what a model must have to be answered by it (sites, rank, switches, backbone).
     """
 
@@ -78,8 +84,8 @@ class CompiledTask:
             {block: (tensors[f"fusion.{block}.keys"], tensors[f"fusion.{block}.values"]) for block in blocks},
             tensors["memory"],
             tensors["mask"],
-            kept={},
         )
+        model.keep_instructions(state)
         return cls(metadata["instruction"], state, shape)
 
 
@@ -105,6 +111,93 @@ def compile_task(model: TagiForConditionalGeneration, instruction: str | Tensor,
     training = model.training
     model.eval()
     state = model.compile_instructions(ids, torch.ones_like(ids))
+    model.keep_instructions(state)
     model.train(training)
-    state.kept = {}
     return CompiledTask(text, state, task_shape(model))
+
+
+class CompiledTasks:
+    """Instructions compiled once each, the latest used of them kept.
+
+    Each is compiled by itself and without padding: what it implies does not depend on what it is asked for with.
+
+    Args:
+        model: whole on this process, in evaluation mode; its weights do not change meanwhile.
+        most_bytes: what is kept, as far as the last ones asked for allow.
+    """
+
+    def __init__(self, model: TagiForConditionalGeneration, most_bytes: int = KEPT_BYTES) -> None:
+        self._model, self._most = model, most_bytes
+        self._states: OrderedDict[bytes, TaskState] = OrderedDict()
+
+    def has(self, instruction_ids: Tensor, instruction_attention_mask: Tensor) -> bool:
+        """Whether all of U instructions (U, S) are kept."""
+        return all(key in self._states for key, _ in _rows(instruction_ids, instruction_attention_mask))
+
+    @torch.no_grad()
+    def of(self, instruction_ids: Tensor, instruction_attention_mask: Tensor) -> TaskState:
+        """The state of U instructions (U, S), padded right; that of one is the kept one itself."""
+        found = []
+        for key, real in _rows(instruction_ids, instruction_attention_mask):
+            if key not in self._states:
+                self._states[key] = self._compile(real[None])
+            self._states.move_to_end(key)
+            found.append(self._states[key])
+        taken = sum(map(_bytes, self._states.values()))
+        while taken > self._most and len(self._states) > len(found):
+            taken -= _bytes(self._states.popitem(last=False)[1])
+        return found[0] if len(found) == 1 else stack(found)
+
+    def _compile(self, ids: Tensor) -> TaskState:
+        state = self._model.compile_instructions(ids, torch.ones_like(ids))
+        if self._model.config.concatenate:
+            project_instructions(self._model.backbone, state, self._model.config.scaling)
+        return state
+
+
+def stack(states: Sequence[TaskState]) -> TaskState:
+    """One state of U tasks from U states of one task each, in order; shorter instructions are padded right."""
+    first = states[0]
+    masks = [_mask(state) for state in states]
+    longest = max(mask.shape[1] for mask in masks)
+
+    def joined(tensors: Sequence[Tensor | None], axis: int = 1) -> Tensor:
+        padded = []
+        for tensor in tensors:
+            assert tensor is not None
+            behind = [0, 0] * (tensor.dim() - 1 - axis) + [0, longest - tensor.shape[axis]]
+            padded.append(functional.pad(tensor, behind))
+        return torch.cat(padded)
+
+    adapters = {
+        site: LowRank(*(torch.cat(parts) for parts in zip(*(state.adapters[site] for state in states), strict=True)))
+        for site in first.adapters
+    }
+    fusion = {
+        block: (joined([s.fusion[block][0] for s in states], 2), joined([s.fusion[block][1] for s in states], 2))
+        for block in first.fusion
+    }
+    kept = None
+    if all(state.kept is not None for state in states):
+        common = set.intersection(*(set(state.kept or {}) for state in states))
+        kept = {name: joined([(state.kept or {})[name] for state in states]) for name in sorted(common)}
+    return TaskState(adapters, fusion, joined([state.memory for state in states]), joined(masks), kept=kept)
+
+
+def _rows(ids: Tensor, mask: Tensor) -> list[tuple[bytes, Tensor]]:
+    """Of each instruction (S,) a name and its ids without padding."""
+    lengths = mask.sum(dim=1).tolist()
+    on_host = ids.cpu().numpy()
+    return [(on_host[at, :length].tobytes(), ids[at, :length]) for at, length in enumerate(lengths)]
+
+
+def _mask(state: TaskState) -> Tensor:
+    assert state.mask is not None
+    return state.mask
+
+
+def _bytes(state: TaskState) -> int:
+    """Memory of a state's tensors."""
+    tensors = [state.memory, state.mask, *(state.kept or {}).values()]
+    tensors += [part for pair in (*state.adapters.values(), *state.fusion.values()) for part in pair]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,8 @@ from tagi_ds.model import TagiConfig, TagiForConditionalGeneration
 from tagi_ds.run_folder import mark_done
 
 SETTINGS = GenerationSettings(batch_examples=4, max_new_tokens=16)
+BATCHES = [3, 2] * 3
+"""Rows of the batches of three tasks of five examples."""
 
 
 def make_tasks(tasks: int = 3, examples: int = 5) -> list[Task]:
@@ -116,7 +120,7 @@ def test_answers_come_in_the_data_sets_order_with_their_own_instruction(tmp_path
     ]
     assert [(one.id, one.prediction) for one in found] == expected
     assert model.training, "the mode is put back"
-    assert len(model.calls) == 4
+    assert [len(call["input_ids"]) for call in model.calls] == BATCHES
     assert {(call["max_new_tokens"], call["num_beams"], call["do_sample"]) for call in model.calls} == {(16, 1, False)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.jsonl", "g.timing.json"]
     assert "seconds" not in (tmp_path / "g.jsonl").read_text(encoding="utf-8")
@@ -127,13 +131,58 @@ def test_batches_hold_every_example_once_with_tasks_together() -> None:
     pairs = [(task, example) for task in make_tasks(5, 7) for example in task.examples]
     batches = plan_batches(pairs[::-1], 8)
     assert sorted(example.id for batch in batches for _, example in batch) == sorted(example.id for _, example in pairs)
-    assert [len(batch) for batch in batches] == [8, 8, 8, 8, 3]
+    assert [len(batch) for batch in batches] == [7] * 5
     order = [task.name for batch in batches for task, _ in batch]
     assert len([1 for one, next_one in itertools.pairwise(order) if one != next_one]) == 4
     for name in set(order):
         lengths = [len(example.input) for batch in batches for task, example in batch if task.name == name]
         assert lengths == sorted(lengths, reverse=True)
     assert batches == plan_batches(pairs, 8), "the given order plays no part"
+    assert [len(batch) for batch in plan_batches(pairs, 6)] == [4, 3] * 5, "of like sizes"
+    small = plan_batches(pairs, 15)
+    assert [len(batch) for batch in small] == [15, 15, 5], "tasks of less than half a batch share"
+    runs = [[task.name for task, _ in batch] for batch in small]
+    assert all(len(set(names)) == 1 + sum(a != b for a, b in itertools.pairwise(names)) for names in runs)
+
+
+def test_a_task_of_half_a_batch_has_its_own() -> None:
+    large, *rest = make_tasks(4, 3)
+    large = Task("large", "say", "echo", tuple(Example(f"large-{n}", "y" * n, ("y",)) for n in range(11)))
+    batches = plan_batches([(task, one) for task in (*rest, large) for one in task.examples], 8)
+    assert [{task.name for task, _ in batch} for batch in batches][:2] == [{"large"}] * 2
+    assert [len(batch) for batch in batches] == [6, 5, 8, 1]
+
+
+def test_a_batch_is_read_while_the_one_before_is_answered(tmp_path: Path) -> None:
+    read: list[int] = []
+    ahead: list[int] = []
+
+    class Slow(Echo):
+        def generate(self, **inputs: Any) -> Tensor:
+            deadline = time.monotonic() + 20
+            while len(read) < min(len(self.calls) + 2, len(BATCHES)) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            ahead.append(len(read) - len(self.calls))
+            return super().generate(**inputs)
+
+    def collate(pairs: Sequence[Pair]) -> Batch:
+        assert threading.current_thread() is not threading.main_thread()
+        batch = collate_with_instructions(pairs)
+        read.append(len(pairs))
+        return batch
+
+    found = predict(Slow(), Letters(), make_tasks(), collate, SETTINGS, tmp_path, "g", {}, progress=False)
+    assert read == BATCHES
+    assert ahead == [2] * (len(BATCHES) - 1) + [1], "two batches are held at the most"
+    assert len(found) == 15
+
+
+def test_what_fails_in_reading_is_told(tmp_path: Path) -> None:
+    def collate(pairs: Sequence[Pair]) -> Batch:
+        raise ArithmeticError("no such text")
+
+    with pytest.raises(ArithmeticError, match="no such text"):
+        predict(Echo(), Letters(), make_tasks(), collate, SETTINGS, tmp_path, "g", {}, progress=False)
 
 
 def test_a_concatenating_model_gets_no_instruction(tmp_path: Path) -> None:
@@ -188,7 +237,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, fails_at: int) -> None:
     resumed = Echo()
     found = _predict(resumed, tmp_path / "broken")
     assert [(one.id, one.prediction) for one in found] == [(one.id, one.prediction) for one in unbroken]
-    assert sum(len(call["input_ids"]) for call in resumed.calls) == 15 - 4 * fails_at
+    assert sum(len(call["input_ids"]) for call in resumed.calls) == 15 - sum(BATCHES[:fails_at])
     again = Echo(fails_at=0)
     assert _predict(again, tmp_path / "broken") == found, "a finished group is read, not generated"
 
@@ -201,11 +250,11 @@ def test_a_half_written_line_is_cut_off_and_generated_again(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         _predict(Echo(1), tmp_path)
     lines = shard.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 7 + 4
-    assert len({json.loads(line)["id"] for line in lines}) == 8, "a batch is answered as a whole or not at all"
+    assert len(lines) == 4 + 2
+    assert len({json.loads(line)["id"] for line in lines}) == 5, "a batch is answered as a whole or not at all"
     resumed = Echo()
     assert len(_predict(resumed, tmp_path)) == 15
-    assert sum(len(call["input_ids"]) for call in resumed.calls) == 15 - 8
+    assert sum(len(call["input_ids"]) for call in resumed.calls) == 15 - 5
 
 
 def test_shards_of_other_numbers_of_ranks_are_used(tmp_path: Path) -> None:
@@ -215,7 +264,7 @@ def test_shards_of_other_numbers_of_ranks_are_used(tmp_path: Path) -> None:
     (tmp_path / "g.rank0.old.jsonl").write_text("another tool's file\n")
     resumed = Echo()
     _predict(resumed, tmp_path)
-    assert sum(len(call["input_ids"]) for call in resumed.calls) == 7
+    assert sum(len(call["input_ids"]) for call in resumed.calls) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.jsonl", "g.rank0.old.jsonl", "g.timing.json"]
 
 
@@ -236,7 +285,7 @@ def test_predictions_of_something_else_are_not_reused(tmp_path: Path, changed: d
     if "tasks" not in changed:
         assert len(answered) == 15
     else:
-        assert len(answered) == 8, "two batches of four hold the task's five examples"
+        assert len(answered) == 5, "two batches hold the task's five examples, and no other's"
         assert found[0].prediction.startswith("say 9:")
 
 

@@ -46,17 +46,22 @@ def test_the_same_bytes_from_one_rank_from_two_and_after_interruptions(
     assert set(results["metrics"]) == {"open", "choices"}
     assert len({found.prediction for found in read_predictions(alone / "predictions" / "open.jsonl")}) > 1
     # One interruption among the freely answered, leaving an odd number of batches, one among the ranked.
-    for batches in (2, 6):
+    for batches in (2, 9):
         with monkeypatch.context() as patch:
             _interrupt_after(batches, patch)
             with pytest.raises(KeyboardInterrupt):
                 evaluated.run(tiny_tagi, broken, model)
     assert (broken / "predictions" / "choices.rank0.jsonl").is_file()
     two = [tmp_path / name for name in ("two", "broken")]
-    run_ranks(Path(evaluated.__file__), 2, [str(model), *map(str, two)], timeout=200)
+    sharded = tmp_path / "sharded"
+    run_ranks(Path(evaluated.__file__), 2, [str(model), *map(str, (*two, sharded))], timeout=200)
     expected = _files(alone)
     assert {"results.json", "predictions/open.jsonl", "leaderboard/open.jsonl"} <= set(expected)
     for folder in two:
         assert _files(folder) == expected
-        runs = [read_json(folder / f"rank{rank}.json") for rank in range(2)]
-        assert runs[0]["encoder"] == runs[1]["encoder"] > 0, "sharded parameters are gathered by all or by none"
+    answers = [read_predictions(folder / "predictions" / "open.jsonl") for folder in (alone, sharded)]
+    assert [found.prediction for found in answers[0]] == [found.prediction for found in answers[1]]
+    runs = [read_json(sharded / f"rank{rank}.json") for rank in range(2)]
+    assert runs[0]["encoder"] == runs[1]["encoder"] > 0, "sharded parameters are gathered by all or by none"
+    once = [read_json(two[0] / f"rank{rank}.json")["encoder"] for rank in range(2)]
+    assert max(once) < runs[0]["encoder"], "each instruction is encoded once where nothing is sharded"
