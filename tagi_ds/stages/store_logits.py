@@ -166,12 +166,13 @@ def _store(
     """Takes shards until there are none, whoever computes them; the teacher is loaded for the first."""
     config, device = stage.config, stage.ranks.device
     files = {path.stem: path for path in shards}
-    reader = TeacherReader(tokenizer, config.data, config.teachers.demonstrations, config.seed)
+    reader, meter = TeacherReader(tokenizer, config.data, config.teachers.demonstrations, config.seed), FlopMeter()
 
     @functools.cache
     def teacher() -> LogitTeacher:
         loaded = load()
         loaded.model.to(device)
+        loaded.meter = meter
         return loaded
 
     def done() -> int:
@@ -185,20 +186,19 @@ def _store(
         for item in turns:
             # From here on the store is not what its manifest says.
             (files[item].parent / MANIFEST).unlink(missing_ok=True)
-            places, meter, before = shards[files[item]], FlopMeter(), done()
+            places, before, spent = shards[files[item]], done(), meter.flops
             rows: list[dict[str, Any]] = []
-            with meter.counting():
-                for at in range(0, len(places), config.evaluation.batch_examples):
-                    part = places[at : at + config.evaluation.batch_examples]
-                    chunks = [_chunk(tasks[number], int(place), config.seed) for number, place in part]
-                    batch = reader.batch(chunks)
-                    batch.teacher["reading"] = reader.reading(chunks, batch)
-                    batch = batch.to(device)
-                    logits = teacher().logits(batch.teacher["reading"], batch.labels)
-                    rows.extend(form.rows(logits, batch.labels, batch.example_ids))
-                    bar.update(before + at + len(part))
-                    unit_done()
-            logit_shards.write_shard(files[item], rows, settings, form.layout, meter.flops)
+            for at in range(0, len(places), config.evaluation.batch_examples):
+                part = places[at : at + config.evaluation.batch_examples]
+                chunks = [_chunk(tasks[number], int(place), config.seed) for number, place in part]
+                batch = reader.batch(chunks)
+                batch.teacher["reading"] = reader.reading(chunks, batch)
+                batch = batch.to(device)
+                logits = teacher().logits(batch.teacher["reading"], batch.labels)
+                rows.extend(form.rows(logits, batch.labels, batch.example_ids))
+                bar.update(before + at + len(part))
+                unit_done()
+            logit_shards.write_shard(files[item], rows, settings, form.layout, meter.flops - spent)
             work.finish(item, {})
         bar.update(total)
 

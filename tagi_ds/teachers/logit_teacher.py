@@ -6,7 +6,8 @@ the input are encoded each on its own, and the decoder attends to all their enco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from tagi_ds.data.mixture import reference_of
 from tagi_ds.data.order import permutation
 from tagi_ds.data.tokenizer import load_tokenizer
 from tagi_ds.divergence import FullDistributions
+from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.errors import UserError
 from tagi_ds.files import read_json
 from tagi_ds.model.backbone import content_hash, load_backbone, merge_lora, resolve_folder
@@ -144,20 +146,25 @@ class LogitTeacher:
     Args:
         model: T5-family.
         vocabulary: tokens that both the teacher and the student predict; logits beyond are cut off.
+
+    Attributes:
+        meter: what it computes is counted there, each shape once; None: not counted.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary
+        self.meter: FlopMeter | None = None
 
     @torch.no_grad()
     def logits(self, reading: Reading, labels: Tensor) -> Tensor:
         """(N, T, vocabulary) logits at every position of the labels (N, T), teacher-forced."""
         memory, mask = fuse(self._encode(reading), reading)
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels)
-        logits: Tensor = self.model(
-            encoder_outputs=(memory,), attention_mask=mask, decoder_input_ids=decoder_input_ids, use_cache=False
-        ).logits
+        with self._counted("decoder", memory.shape, labels.shape):
+            logits: Tensor = self.model(
+                encoder_outputs=(memory,), attention_mask=mask, decoder_input_ids=decoder_input_ids, use_cache=False
+            ).logits
         return logits[..., : self.vocabulary]
 
     def __call__(self, reading: Reading, labels: Tensor) -> FullDistributions:
@@ -171,15 +178,21 @@ class LogitTeacher:
         """(M, L, d): every passage by itself."""
         ids, mask = reading.ids, reading.mask
         if len(ids) <= ENCODED_AT_ONCE:
-            only: Tensor = self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            return only
+            return self._encode_together(ids, mask)
         hidden = ids.new_zeros((*ids.shape, self.model.config.d_model), dtype=self.model.dtype)
         # Passages of like lengths go together: an article among short ones would widen them all.
         for rows in mask.sum(1).argsort(stable=True).split(ENCODED_AT_ONCE):
             width = int(mask[rows].sum(1).max())
-            part = self.model.encoder(input_ids=ids[rows, :width], attention_mask=mask[rows, :width])
-            hidden[rows, :width] = part.last_hidden_state
+            hidden[rows, :width] = self._encode_together(ids[rows, :width], mask[rows, :width])
         return hidden
+
+    def _encode_together(self, ids: Tensor, mask: Tensor) -> Tensor:
+        with self._counted("encoder", ids.shape):
+            hidden: Tensor = self.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden
+
+    def _counted(self, *shapes: Hashable) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.meter is None else self.meter.counting_once(*shapes)
 
 
 def fuse(hidden: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:

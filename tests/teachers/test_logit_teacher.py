@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tagi_ds.config import DataConfig, RunConfig
 from tagi_ds.data.collate import TaskChunk
 from tagi_ds.data.examples import Task
+from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.errors import UserError
 from tagi_ds.model.backbone import load_backbone
 from tagi_ds.teachers import logit_teacher
@@ -178,3 +179,24 @@ def test_a_peft_adapter_on_the_backbone_is_a_teacher(
     (wrong / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
     with pytest.raises(UserError, match="does not fit the backbone"):
         load_teacher(wrong, tiny_folder, torch.float32)
+
+
+@pytest.mark.parametrize("demonstrations", [0, 2])
+def test_its_count_by_shapes_is_the_count_of_every_call(
+    teacher: LogitTeacher,
+    tasks: list[Task],
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    demonstrations: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logit_teacher, "ENCODED_AT_ONCE", 4)
+    reader = TeacherReader(tiny_tokenizer, CONFIG, demonstrations, 3)
+    parts = [chunks_of(tasks, 1), chunks_of(tasks), chunks_of(tasks[:2], 4), chunks_of(tasks)]
+    work = [(reader(chunks), reader.batch(chunks).labels) for chunks in parts]
+    every = FlopMeter()
+    with every.counting():
+        plainly = [teacher.logits(*each) for each in work]
+    teacher.meter = FlopMeter()
+    counted = [teacher.logits(*each) for each in work]
+    assert teacher.meter.flops == every.flops > 0
+    assert all(map(torch.equal, plainly, counted))
