@@ -75,11 +75,7 @@ def export_programs(model: TagiForConditionalGeneration, task: CompiledTask) -> 
         first = export(encoder, (ids, ids.clone()), dynamic_shapes=(inputs, inputs))
         memory, mask = encoder(ids, ids.clone())
         shapes: Any = (inputs, {0: examples, 1: attended}, {0: examples, 1: tokens})
-        decoder, given = _Decoder(model, task).eval(), (memory, mask, ids[:, :4].contiguous())
-        # A run before keeps the instruction's keys and values, so that they are constants and not computed a token.
-        task.state.kept = {} if task.state.kept is None else task.state.kept
-        decoder(*given)
-        second = export(decoder, given, dynamic_shapes=shapes)
+        second = export(_Decoder(model, task).eval(), (memory, mask, ids[:, :4].contiguous()), dynamic_shapes=shapes)
     return first, second
 
 

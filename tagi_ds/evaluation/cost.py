@@ -185,6 +185,10 @@ def _ways(
         for batch in beside:
             model.generate(batch.input_ids, batch.attention_mask, task=compiled[0], **length)
 
+    def prepare() -> None:
+        compile_task()
+        model.keep_instructions(compiled[0])
+
     def once() -> None:
         compile_task()
         answer_compiled()
@@ -196,7 +200,7 @@ def _ways(
         "concatenated": (nothing, lambda: answer(model.backbone, joined)),
         "every_batch": (nothing, lambda: answer(model, beside)),
         "once": (nothing, once),
-        "compiled": (compile_task, answer_compiled),
+        "compiled": (prepare, answer_compiled),
     }
     read = [[int(row.sum()) for batch in batches for row in batch.attention_mask] for batches in (beside, joined)]
     tokens = {

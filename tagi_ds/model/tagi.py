@@ -237,6 +237,25 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         adapters, fusion = self.hypernetwork(source, instruction_attention_mask)
         return TaskState(adapters, fusion, encoded, instruction_attention_mask)
 
+    @torch.no_grad()
+    def keep_instructions(self, state: TaskState) -> None:
+        """Computes what every answer of U tasks takes of their instructions in the decoder, and keeps it in `state`.
+
+        A pass of one token over the decoder, so that sharding engines have each block's parameters whole. Without
+        concatenation there is nothing to keep.
+        """
+        assert state.memory is not None
+        assert state.mask is not None
+        state.kept = {}
+        one = state.mask.new_ones(len(state.mask), 1)
+        self.backbone.decoder(
+            input_ids=one,
+            encoder_hidden_states=state.memory[:, :1],
+            encoder_attention_mask=torch.cat([state.mask, one], dim=1) if self.config.concatenate else one,
+            use_cache=False,
+            **{STATE_KEYWORD: state.at(None)},
+        )
+
     def encode_input(self, input_ids: Tensor, attention_mask: Tensor, state: TaskState) -> tuple[Tensor, Tensor]:
         """F of N inputs, and the mask of what the decoder attends to: [I ; F], of which the state has I.
 
@@ -253,7 +272,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.config.concatenate:
             return encoded, attention_mask
         assert state.mask is not None
-        return encoded, torch.cat([state.spread(state.mask, len(input_ids)), attention_mask], dim=1)
+        return encoded, torch.cat([state.spread(state.mask, input_ids.shape[0]), attention_mask], dim=1)
 
     def forward(
         self,

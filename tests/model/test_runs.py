@@ -232,12 +232,20 @@ def test_a_compiled_task_projects_its_instruction_once(make_tagi: MakeTagi) -> N
     assert spoilt.isnan().all(), "what was kept is what was read"
 
 
-def test_nothing_is_kept_of_a_pass_that_learns(make_tagi: MakeTagi) -> None:
+def test_a_pass_that_learns_keeps_nothing_and_reads_nothing_kept(make_tagi: MakeTagi) -> None:
     model, batch = make_tagi(also_train="all"), batch_of(INDICES["one task"])
     assert batch.instruction_ids is not None
-    task = model.compile_task(batch.instruction_ids)
-    model(batch.input_ids, batch.attention_mask, state=task.state, labels=batch.labels)
-    assert task.state.kept == {}
+    assert batch.instruction_attention_mask is not None
+    state = model.compile_instructions(batch.instruction_ids, batch.instruction_attention_mask)
+    state.kept = {}
+    given = {"state": state, "labels": batch.labels}
+    expected = model(batch.input_ids, batch.attention_mask, **given).logits
+    assert state.kept == {}
+    model.keep_instructions(state)
+    state.kept = {name: torch.full_like(value, torch.nan) for name, value in state.kept.items()}
+    assert torch.equal(model(batch.input_ids, batch.attention_mask, **given).logits, expected)
+    with torch.no_grad():
+        assert model(batch.input_ids, batch.attention_mask, **given).logits.isnan().all()
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6), factor=st.integers(1, 4))
