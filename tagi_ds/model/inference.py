@@ -29,15 +29,16 @@ class Inference:
         model: in evaluation mode; a TAGI model, or one with ``generate``. Its weights do not change meanwhile. Where
             they are sharded all is left to the model's own ``generate``, and every rank has to answer as many batches.
         kept_bytes: memory for compiled tasks.
+        merge: whether adapters may be merged into the weights; answers are the same but for rounding.
     """
 
-    def __init__(self, model: Any, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, model: Any, kept_bytes: int = KEPT_BYTES, merge: bool = True) -> None:
         self.model = model
         self.is_tagi = isinstance(model, TagiForConditionalGeneration)
         self.is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         self._greedy = decodes(model.backbone if self.is_tagi else model)
         self._tasks = CompiledTasks(model, kept_bytes) if self.is_tagi else None
-        self._can_merge = self.is_tagi and can_merge(model)
+        self._can_merge = merge and self.is_tagi and can_merge(model)
         self._weights = contextlib.ExitStack()
         self._merged: tuple[TaskState, TaskState] | None = None
 
@@ -49,7 +50,7 @@ class Inference:
 
     @torch.no_grad()
     def generate(
-        self, inputs: Mapping[str, Tensor], max_new_tokens: int, min_new_tokens: int = 0, beams: int = 1
+        self, inputs: Mapping[str, Any], max_new_tokens: int, min_new_tokens: int = 0, beams: int = 1
     ) -> Tensor:
         """Answers of N inputs by beam search, or with one beam the likeliest token after each other.
 
@@ -97,7 +98,7 @@ class Inference:
         return self._merge(state)
 
     def _answer_tasks(
-        self, inputs: Mapping[str, Tensor], most: int, least: int, beams: int, settings: Mapping[str, Any]
+        self, inputs: Mapping[str, Any], most: int, least: int, beams: int, settings: Mapping[str, Any]
     ) -> Tensor:
         rows = len(inputs["input_ids"])
         state = self.state(inputs, rows * max(LEAST_TOKENS, least))

@@ -4,7 +4,8 @@ python tests/benchmarks/inference.py --output docs/performance.json --picture do
 
 A T5 of 60M parameters with 32,128 tokens and random weights, fp32, on SNI's test tasks of 100 examples. Every way
 answers the same examples in batches of like lengths, greedily, with as many new tokens as the references have at the
-mean, so that none is cheaper for stopping early. Alternatives are plain T5s without any hook of ours.
+mean, so that none is cheaper for stopping early. All answer by the way of evaluation and `answer.py`
+(:mod:`tagi_ds.model.inference`), the alternatives too: plain T5s without any hook of ours, decoded by the same loop.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from tagi_ds.build import build_tagi
-from tagi_ds.convert.merged import export_merged
 from tagi_ds.data.examples import Batch, Task
 from tagi_ds.evaluation.cost import measured_cost, spread
 from tagi_ds.evaluation.dealing import collate_pairs, plan_batches
 from tagi_ds.evaluation.generation import GenerationSettings
 from tagi_ds.model.adapter import TaskState
 from tagi_ds.model.backbone import load_backbone
-from tagi_ds.model.compiled import compile_task
+from tagi_ds.model.compiled import compile_task, stack
+from tagi_ds.model.inference import Inference
 from tagi_ds.model.tagi import TagiForConditionalGeneration
 from tests.benchmarks.figures import compare, compare_work, rates, row, take_turns
 from tests.benchmarks.speed_command import Rows, draw_ratios, run
@@ -73,13 +74,11 @@ def ask(study: Study, task: Task, form: str, examples: int | None = None, batch:
     return Asked(instruction, bare, joined, max(1, round(targets / sum(len(each.labels) for each in bare))))
 
 
-def answer(model: Any, batches: Sequence[Batch], new_tokens: int, **more: Any) -> None:
+def answer(inference: Inference, batches: Sequence[Batch], new_tokens: int, **more: Any) -> None:
     """Greedy answers of so many tokens to all batches."""
     for batch in batches:
-        model.generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens, do_sample=False, num_beams=1, **more,
-        )  # fmt: skip
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **more}
+        inference.generate(inputs, new_tokens, new_tokens)
 
 
 def tagi(study: Study, **settings: Any) -> TagiForConditionalGeneration:
@@ -98,13 +97,25 @@ def plain(study: Study, folder: Path | None = None) -> Any:
 
 
 def answering(
-    model: TagiForConditionalGeneration, states: Sequence[TaskState], questions: Sequence[Asked]
+    model: TagiForConditionalGeneration, states: Sequence[TaskState], questions: Sequence[Asked], merge: bool = True
 ) -> Callable[[], None]:
-    """Answers from compiled tasks."""
+    """Answers from compiled tasks; that adapters are merged, where they are, is part of every run."""
 
     def way() -> None:
-        for state, asked in zip(states, questions, strict=True):
-            answer(model, asked.bare, asked.new_tokens, task=state)
+        with Inference(model, merge=merge) as inference:
+            for state, asked in zip(states, questions, strict=True):
+                answer(inference, asked.bare, asked.new_tokens, task=state)
+
+    return way
+
+
+def plainly(backbone: Any, questions: Sequence[Asked], joined: bool = False) -> Callable[[], None]:
+    """Answers of a plain T5 to bare inputs, or behind the instruction."""
+
+    def way() -> None:
+        with Inference(backbone) as inference:
+            for asked in questions:
+                answer(inference, asked.joined if joined else asked.bare, asked.new_tokens)
 
     return way
 
@@ -114,15 +125,11 @@ def concatenation(study: Study, given: argparse.Namespace) -> Rows:
     questions = [ask(study, task, "def_2_pos") for task in spread(study.unseen, TASKS)]
     model, backbone = tagi(study), plain(study)
 
-    def concatenated() -> None:
-        for asked in questions:
-            answer(backbone, asked.joined, asked.new_tokens)
-
     states = _compiled(model, questions)
-    ways = {"compiled": answering(model, states, questions), "concatenated": concatenated}
+    ways = {"compiled": answering(model, states, questions), "concatenated": plainly(backbone, questions, joined=True)}
     # One batch each warms up; a whole run would take a minute.
-    answer(model, questions[0].bare[-1:], questions[0].new_tokens, task=states[0])
-    answer(backbone, questions[0].joined[-1:], questions[0].new_tokens)
+    answer(Inference(model, merge=False), questions[0].bare[-1:], questions[0].new_tokens, task=states[0])
+    answer(Inference(backbone), questions[0].joined[-1:], questions[0].new_tokens)
     times = take_turns(ways, given.runs, warm=False)
     told = _told(questions)
     told["examples_per_s"] = rates(times, told["examples"])
@@ -135,11 +142,10 @@ def bare(study: Study, given: argparse.Namespace) -> Rows:
     questions = [ask(study, task, "def_2_pos") for task in spread(study.unseen, TASKS)]
     model, backbone = tagi(study), plain(study)
 
-    def alone() -> None:
-        for asked in questions:
-            answer(backbone, asked.bare, asked.new_tokens)
-
-    ways = {"compiled": answering(model, _compiled(model, questions), questions), "bare": alone}
+    ways = {
+        "compiled": answering(model, _compiled(model, questions), questions),
+        "bare": plainly(backbone, questions),
+    }
     flops = {name: count(way) for name, way in ways.items()}
     times = take_turns(ways, given.runs, warm=False)
     told = _told(questions)
@@ -153,14 +159,11 @@ def merged(study: Study, given: argparse.Namespace) -> Rows:
     """A merged adapter against the bare backbone, fusion and concatenation off; unmerged beside it."""
     questions = [ask(study, task, "def_2_pos") for task in spread(study.unseen, 1)]
     model, backbone = tagi(study, fusion=False, concatenate=False), plain(study)
-    compiled = compile_task(model, questions[0].instruction, None)
-    export_merged(model, study.tokenizer, compiled, study.root / "merged")
-    whole = plain(study, study.root / "merged")
-    asked = questions[0]
+    states = _compiled(model, questions)
     ways: dict[str, Callable[[], None]] = {
-        "merged": lambda: answer(whole, asked.bare, asked.new_tokens),
-        "unmerged": answering(model, [compiled.state], questions),
-        "bare": lambda: answer(backbone, asked.bare, asked.new_tokens),
+        "merged": answering(model, states, questions),
+        "unmerged": answering(model, states, questions, merge=False),
+        "bare": plainly(backbone, questions),
     }
     times = take_turns(ways, given.runs)
     told = _told(questions)
@@ -192,34 +195,48 @@ def relative_flops(study: Study, given: argparse.Namespace) -> Rows:
 
 
 def mixed(study: Study, given: argparse.Namespace) -> Rows:
-    """Batches whose examples are of several tasks against batches of one task each, the same examples."""
+    """Batches whose examples are of several tasks against batches of one task each, the same examples.
+
+    The latter with adapters merged and unmerged.
+    """
     tasks = spread(study.unseen, MIXED_TASKS)
     questions = [ask(study, task, "def_2_pos", MIXED_EXAMPLES, MIXED_EXAMPLES) for task in tasks]
     new_tokens = max(asked.new_tokens for asked in questions)
     for asked in questions:
         asked.new_tokens = new_tokens
     model = tagi(study)
-    pairs = [(task, task.examples[at]) for task in tasks for at in range(min(MIXED_EXAMPLES, len(task.examples)))]
-    pairs.sort(key=lambda pair: -len(pair[1].input))
     collate = collate_pairs(study.collator("hypernetwork", study.config()))
-    together = collate(pairs)
-    assert together.task_index is not None
-    assert together.instruction_ids is not None
-    assert together.instruction_attention_mask is not None
-    with torch.no_grad():
-        state = model.compile_instructions(together.instruction_ids, together.instruction_attention_mask)
-    batches = [collate(pairs[at : at + MIXED_EXAMPLES]) for at in range(0, len(pairs), MIXED_EXAMPLES)]
-    owners = together.task_index.split(MIXED_EXAMPLES)
+    runs = [
+        plan_batches(
+            [(task, task.examples[at]) for at in range(min(MIXED_EXAMPLES, len(task.examples)))],
+            MIXED_EXAMPLES // MIXED_TASKS,
+        )
+        for task in tasks
+    ]
+    # The longest of each task, then the next: evaluation's batches of small tasks, each task's examples in a row.
+    batches = [collate([pair for part in parts for pair in part]) for parts in zip(*runs, strict=True)]
+    states = _compiled(model, questions)
+    state = stack(states)
 
     def across() -> None:
-        for batch, index in zip(batches, owners, strict=True):
-            answer(model, [batch], new_tokens, task=state, task_index=index)
+        with Inference(model) as inference:
+            for batch in batches:
+                answer(inference, [batch], new_tokens, task=state, task_index=batch.task_index)
 
-    ways = {"mixed": across, "apart": answering(model, _compiled(model, questions), questions)}
+    ways = {
+        "mixed": across,
+        "apart": answering(model, states, questions),
+        "apart, unmerged": answering(model, states, questions, merge=False),
+    }
     times = take_turns(ways, given.runs)
     told = _told(questions)
     told["examples_per_s"] = rates(times, told["examples"])
-    return {"inference_mixed_vs_one_task": compare(times["mixed"], times["apart"], None, "at_most", **told)}
+    return {
+        "inference_mixed_vs_one_task": compare(times["mixed"], times["apart"], None, "at_most", **told),
+        "inference_one_task_merged_vs_unmerged": compare(
+            times["apart"], times["apart, unmerged"], None, "at_most", **told
+        ),
+    }
 
 
 def _compiled(model: TagiForConditionalGeneration, questions: Sequence[Asked]) -> list[TaskState]:

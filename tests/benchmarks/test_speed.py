@@ -78,7 +78,13 @@ def test_training(sni: Path, tmp_path: Path) -> None:
 
 def test_inference(sni: Path) -> None:
     argv = ["--size", "tiny", "--runs", "2", "--sni", str(sni), "--only", "concatenation", "merged", "mixed"]
-    names = {"compiled_vs_concatenation", "merged_vs_bare", "unmerged_vs_bare", "mixed_vs_one_task"}
+    names = {
+        "compiled_vs_concatenation",
+        "merged_vs_bare",
+        "unmerged_vs_bare",
+        "mixed_vs_one_task",
+        "one_task_merged_vs_unmerged",
+    }
     check(inference.main(argv), {f"inference_{name}" for name in names}, 2)
 
 
