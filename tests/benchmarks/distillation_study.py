@@ -13,8 +13,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 from tagi_ds.build import backbone_sites, build_tagi, load_study_tokenizer, open_distillation
 from tagi_ds.config import RunConfig
 from tagi_ds.data.catalogue import training_split
+from tagi_ds.data.collate import Collator
 from tagi_ds.data.examples import Task, unit_of
 from tagi_ds.data.tokenizer import train_tokenizer
+from tagi_ds.encodings.instructions import open_cache
 from tagi_ds.engine.distributed import current
 from tagi_ds.engine.step import train_step
 from tagi_ds.engine.strategy import make_strategy
@@ -103,8 +105,13 @@ def finetuning_steps(config: RunConfig) -> Iterator[None]:
     stage = Stage("finetune", config, current(), Path(config.study_dir) / "finetune")
     strategy = make_strategy(config.engine, stage.ranks)
     model = build_tagi(config)
-    objective, source = hypernetwork.objective_and_source(stage, tasks, tokenizer, distillation, model.config.scaling)
+    cache = open_cache(stage, model, tasks, [], Collator(tokenizer, config.data), strategy)
+    objective, source = hypernetwork.objective_and_source(
+        stage, tasks, tokenizer, distillation, model.config.scaling, cache
+    )
     strategy.prepare(model, config.optimizer, 1000)
+    if cache is not None:
+        cache.build(strategy)
     step = 0
     while True:
         train_step(strategy, objective, source.next_step(), step, lambda: False)

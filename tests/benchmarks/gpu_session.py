@@ -14,7 +14,9 @@ from tagi_ds.build import load_study_tokenizer, open_distillation
 from tagi_ds.config import LossConfig, RunConfig
 from tagi_ds.data.c4 import DocumentMixture
 from tagi_ds.data.catalogue import training_split
+from tagi_ds.data.collate import Collator
 from tagi_ds.data.examples import Batch
+from tagi_ds.encodings.instructions import open_cache
 from tagi_ds.engine.costs import activities, costs_of
 from tagi_ds.engine.distributed import current
 from tagi_ds.engine.flops import FlopMeter
@@ -95,7 +97,7 @@ def open_session(config: RunConfig, stage_name: str) -> Session:
     """Builds model and batches as the stage does."""
     stage = Stage(stage_name, config, current(), Path(str(config.output_dir)))
     tokenizer, ranks = load_study_tokenizer(config), stage.ranks
-    distillation = None
+    distillation = cache = None
     if stage_name == "finetune":
         tasks, _ = training_split(config.data, config.seed)
         distillation = open_distillation(config, tasks, tokenizer)
@@ -103,8 +105,10 @@ def open_session(config: RunConfig, stage_name: str) -> Session:
     model = hypernetwork._build(strategy, config, None)
     source: BatchSource
     if distillation is not None:
+        collator = Collator(tokenizer, config.data, "hypernetwork", config.teachers.unit)
+        cache = open_cache(stage, model, tasks, [], collator, strategy)
         objective, source = hypernetwork.objective_and_source(
-            stage, tasks, tokenizer, distillation, model.config.scaling
+            stage, tasks, tokenizer, distillation, model.config.scaling, cache
         )
     else:
         objective = TagiObjective(LossConfig(), model.config.scaling)
@@ -113,6 +117,8 @@ def open_session(config: RunConfig, stage_name: str) -> Session:
             config.data.c4_dir, tokenizer, config.data, config.seed, ranks.rank, ranks.world_size, 1
         )
     strategy.prepare(model, config.optimizer, 1000)
+    if cache is not None:
+        cache.build(strategy)
     return Session(config, strategy, objective, source, count_model(config, stage_name))
 
 

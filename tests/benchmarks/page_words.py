@@ -46,6 +46,8 @@ SECTIONS = (
             "train_finetune_vs_meta_whole": "finetuning, examples/s, Def + 2 Pos, 8 examples a task, over meta-training"
             " of the whole model with the instruction concatenated",
             "train_finetune_vs_meta_lora": "the same over meta-training with LoRA",
+            "train_encoding_in_the_step_vs_once": "finetuning step that encodes its instructions over one that reads"
+            " them encoded once",
             "train_distilled_vs_naive": "whole step with stored teachers, examples/s, over the naive form: every"
             " example's instruction encoded, teacher in the step, whole distributions",
             "train_vs_lora_by_flops_fusion_on": "finetuning step over peft's LoRA on the bare inputs, as a multiple of"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,17 +22,21 @@ from tagi_ds.data.collate import Collator, Form, TaskChunk
 from tagi_ds.data.examples import Batch, Task
 from tagi_ds.data.mixture import reference_of
 from tagi_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from tagi_ds.encodings.instructions import InstructionCache, open_cache
 from tagi_ds.engine.distributed import current
 from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.engine.objective import Objective
 from tagi_ds.engine.single import SingleStrategy
 from tagi_ds.engine.step import train_step
+from tagi_ds.engine.strategy import Strategy
 from tagi_ds.files import whole_folder
+from tagi_ds.launch import Stage
 from tagi_ds.objectives import SequenceObjective, TagiObjective
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 POSITIVES = {"def": 0, "def_2_pos": 2}
 _TOKENIZER_EXAMPLES = 20
+MakeCache = Callable[[Strategy], InstructionCache | None]
 
 
 @dataclass(frozen=True)
@@ -182,10 +187,24 @@ class Study:
         """Makes batches of a form."""
         return Collator(self.tokenizer, config.data, form, config.teachers.unit)
 
-    def tagi_training(self, work: Sequence[Any], config: RunConfig, make: Callable[[Any], Batch]) -> Training:
-        """The hypernetwork's training with labels alone."""
+    def tagi_training(
+        self, work: Sequence[Any], config: RunConfig, make: Callable[[Any], Batch], tasks: Sequence[Task] = ()
+    ) -> Training:
+        """The hypernetwork's training with labels alone.
+
+        Args:
+            work, make: of :class:`Training`.
+            config: of the run.
+            tasks: whose instructions are encoded once, as finetuning does; without any the step encodes them.
+        """
         model = build_tagi(config)
-        return Training(model, TagiObjective(LossConfig(), model.config.scaling), make, work)
+        objective = TagiObjective(LossConfig(), model.config.scaling)
+        return Training(model, objective, make, work, self.cache_of(tasks, config, model) if tasks else None)
+
+    def cache_of(self, tasks: Sequence[Task], config: RunConfig, model: Any) -> MakeCache:
+        """What makes the cache of encoded instructions that finetuning would have for these tasks."""
+        stage = Stage("finetune", config, current(), Path(tempfile.mkdtemp(dir=self.root)))
+        return lambda strategy: open_cache(stage, model, tasks, [], self.collator("hypernetwork", config), strategy)
 
     def plain_training(
         self, work: Sequence[Any], config: RunConfig, make: Callable[[Any], Batch], lora: bool
@@ -209,21 +228,32 @@ class Training:
         objective: what is minimised.
         make: an item of `work` -> its batch.
         work: an item a step.
+        cache: makes the cache from which batches get their encoded instructions; it is built here, once.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, make: Callable[[Any], Batch], work: Sequence[Any]
+        self,
+        model: nn.Module,
+        objective: Objective,
+        make: Callable[[Any], Batch],
+        work: Sequence[Any],
+        cache: MakeCache | None = None,
     ) -> None:
         config = RunConfig()
         config.engine = dataclasses.replace(config.engine, strategy="single", precision="fp32")
         self.model, self.objective, self.make, self.work = model, objective, make, work
         self._strategy = SingleStrategy(config.engine, current())
         self._strategy.prepare(model, config.optimizer, 10_000)
+        self._cache = None if cache is None else cache(self._strategy)
+        if self._cache is not None:
+            self._cache.build(self._strategy)
         self._taken = 0
 
     def __call__(self) -> None:
         for item in self.work:
-            train_step(self._strategy, self.objective, [self.make(item)], self._taken, lambda: False)
+            batch = self.make(item)
+            batch = batch if self._cache is None else self._cache.attach(batch)
+            train_step(self._strategy, self.objective, [batch], self._taken, lambda: False)
             self._taken += 1
 
     def trained(self) -> int:

@@ -25,8 +25,8 @@ from tagi_ds.build import build_tagi, open_distillation
 from tagi_ds.config import LossConfig, RunConfig
 from tagi_ds.data.c4 import DocumentMixture
 from tagi_ds.data.catalogue import training_split
-from tagi_ds.data.collate import pad_ids
-from tagi_ds.data.examples import Batch
+from tagi_ds.data.collate import TaskChunk, pad_ids
+from tagi_ds.data.examples import Batch, Task
 from tagi_ds.engine.distributed import current
 from tagi_ds.launch import Stage
 from tagi_ds.stages import hypernetwork, store_logits
@@ -46,7 +46,8 @@ def finetuning(study: Study, given: argparse.Namespace) -> Rows:
     work, config = study.chunks(TASKS, EXAMPLES, BATCHES), study.config()
     beside, joined = study.collator("hypernetwork", config), study.collator("concatenated", config)
     ways = {
-        "tagi": study.tagi_training(work, config, beside),
+        "tagi": study.tagi_training(work, config, beside, _tasks_of(work)),
+        "encoding": study.tagi_training(work, config, beside),
         "whole": study.plain_training(work, study.config(), joined, lora=False),
         "lora": study.plain_training(work, study.config(), joined, lora=True),
     }
@@ -56,14 +57,19 @@ def finetuning(study: Study, given: argparse.Namespace) -> Rows:
     return {
         "train_finetune_vs_meta_whole": compare(times["whole"], times["tagi"], 3.0, "at_least", **told),
         "train_finetune_vs_meta_lora": compare(times["lora"], times["tagi"], 2.0, "at_least", **told),
+        "train_encoding_in_the_step_vs_once": compare(times["encoding"], times["tagi"], None, "at_least", **told),
     }
+
+
+def _tasks_of(work: list[list[TaskChunk]]) -> list[Task]:
+    return [chunk.task for chunks in work for chunk in chunks]
 
 
 def distillation(study: Study, given: argparse.Namespace) -> Rows:
     """A whole step with both teachers' stores against the naive form.
 
-    Naively every example's instruction is encoded and its adapter generated anew, the teacher runs in the step, and
-    the divergence is that of whole distributions.
+    Naively every example's instruction is encoded in the step and its adapter generated anew, the teacher runs there
+    too, and the divergence is that of whole distributions.
     """
     chosen = [[chunk.task.name for chunk in chunks] for chunks in study.chunks(TASKS, EXAMPLES, BATCHES)]
     config = _with_stores(study, [name for names in chosen for name in names])
@@ -107,7 +113,8 @@ def _distilled(study: Study, config: RunConfig, work: list[Any]) -> Training:
         batch = collator(chunks)
         return teachers.attach(batch if teachers.online is None else ungrouped(batch))
 
-    return Training(model, objective, make, work)
+    cache = study.cache_of(_tasks_of(work), config, model) if teachers.online is None else None
+    return Training(model, objective, make, work, cache)
 
 
 def ungrouped(batch: Batch) -> Batch:
@@ -131,8 +138,8 @@ def lora(study: Study, given: argparse.Namespace) -> Rows:
     work, config = study.chunks(TASKS, EXAMPLES, BATCHES), study.config()
     beside, bare = study.collator("hypernetwork", config), study.collator("input_only", config)
     ways = {
-        "on": study.tagi_training(work, config, beside),
-        "off": study.tagi_training(work, study.config(fusion=False), beside),
+        "on": study.tagi_training(work, config, beside, _tasks_of(work)),
+        "off": study.tagi_training(work, study.config(fusion=False), beside, _tasks_of(work)),
         "lora": study.plain_training(work, study.config(), bare, lora=True),
     }
     told = {**study.lengths(work, config), "trained_parameters": {name: way.trained() for name, way in ways.items()}}
