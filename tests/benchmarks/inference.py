@@ -231,12 +231,9 @@ def mixed(study: Study, given: argparse.Namespace) -> Rows:
     times = take_turns(ways, given.runs)
     told = _told(questions)
     told["examples_per_s"] = rates(times, told["examples"])
-    return {
-        "inference_mixed_vs_one_task": compare(times["mixed"], times["apart"], None, "at_most", **told),
-        "inference_one_task_merged_vs_unmerged": compare(
-            times["apart"], times["apart, unmerged"], None, "at_most", **told
-        ),
-    }
+    merging = compare(times["apart"], times["apart, unmerged"], None, "at_most")
+    told["one_task_merged_over_unmerged"] = {name: merging[name] for name in ("ratio", "cpu_ratio", "runs")}
+    return {"inference_mixed_vs_one_task": compare(times["mixed"], times["apart"], None, "at_most", **told)}
 
 
 def _compiled(model: TagiForConditionalGeneration, questions: Sequence[Asked]) -> list[TaskState]:
