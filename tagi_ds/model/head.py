@@ -126,6 +126,8 @@ class ReadingHead(nn.Linear):
 def accept_reader(model: nn.Module, head: nn.Module) -> None:
     """Lets an ordinary seq2seq model take a reader: ``model(..., read=reader)`` returns its :class:`Figures`.
 
+    The model is then given no labels beside it, of which it would take a loss of its own from logits.
+
     Args:
         model: that is called; a wrapper such as peft's where there is one.
         head: its output head, which becomes a :class:`ReadingHead`.

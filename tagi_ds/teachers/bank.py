@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tagi_ds.model.adapter import STATE_KEYWORD, LowRank, Site, TaskState, install
+from tagi_ds.model.head import READ_KEYWORD, Reader, accept_reader
 
 
 def common_a(sites: Sequence[Site], rank: int, seed: int) -> dict[str, Tensor]:
@@ -58,21 +59,24 @@ class TeacherBank(nn.Module):
         installed = getattr(backbone, "_teacher_hooks", None)
         if installed is None:
             install(backbone, sites, scaling)
+            accept_reader(backbone, backbone.get_output_embeddings())  # type: ignore[operator]
             backbone._teacher_hooks = (self.names, scaling)  # type: ignore[assignment]
         elif installed != (self.names, scaling):
             raise ValueError("the backbone answers to teachers of other sites or another scaling; load it anew")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        """Logits (N, T, V) of inputs (N, L) whose teachers are `index` (N,)."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, index: Tensor, read: Reader | None = None
+    ) -> Any:
+        """Logits (N, T, V) of inputs (N, L) whose teachers are `index` (N,); with a reader its figures instead."""
         (backbone,) = self._backbone
-        output = backbone(
+        found = backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=backbone._shift_right(labels),  # type: ignore[operator]
             use_cache=False,
-            **{STATE_KEYWORD: TaskState(self._adapters(), index=index)},
+            **{STATE_KEYWORD: TaskState(self._adapters(), index=index), READ_KEYWORD: read},
         )
-        return output.logits
+        return found.logits if read is None else found
 
     @torch.no_grad()
     def answer(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor, longest: int) -> Tensor:

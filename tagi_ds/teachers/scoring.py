@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tagi_ds.data.collate import Collator, TaskChunk
 from tagi_ds.data.examples import Batch, Example, Task
 from tagi_ds.data.mixture import reference_of
 from tagi_ds.evaluation.metrics import rouge_l
 from tagi_ds.losses import IGNORE
+from tagi_ds.model.head import Figures
+from tagi_ds.reading import TargetReader
 from tagi_ds.teachers.bank import TeacherBank
 from tagi_ds.teachers.units import Unit
 
@@ -57,11 +58,12 @@ class Scorer:
     def sums(self, rows: Sequence[Row]) -> Sums:
         """Each teacher's sums over its own rows, with gradients."""
         batch, index = self._collate(rows)
-        logits = self.bank(batch.input_ids, batch.attention_mask, batch.labels, index)
-        nll = functional.cross_entropy(logits.float().mT, batch.labels, ignore_index=IGNORE, reduction="none").sum(1)
+        reader = TargetReader(batch.labels)
+        figures: Figures = self.bank(batch.input_ids, batch.attention_mask, batch.labels, index, reader)
+        nll = figures.label.sum(1)
         real = batch.labels != IGNORE
         # Under teacher forcing a target is predicted whole just where greedy decoding would write it.
-        exact = ((logits.argmax(-1) == batch.labels) | ~real).all(1)
+        exact = (figures.right | ~real).all(1)
         columns = (nll, real.sum(1), exact, torch.ones_like(exact))
         zeros = nll.new_zeros(len(self.units))
         return Sums(*(zeros.index_add(0, index, column.to(nll.dtype)) for column in columns))
