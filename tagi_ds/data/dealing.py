@@ -21,19 +21,24 @@ memory does not depend on lengths. Without a bound nothing more was saved."""
 _INSTRUCTION, _INPUT, _TARGET = 1, 2, 3
 """Cost of a position. Instructions go through the frozen encoder forward alone, inputs also backward; targets further
 through cross-attention and the head."""
+_CHUNK = 32
+"""Cost of a chunk whatever its lengths: its task's adapter is generated. That is much of a small model's step, and
+little of a large one's."""
+_WORTH = 16
+"""The part of a step that dealing by length must save: lengths are estimates, and those of like texts say little."""
 _PRECISION = 6
 """Bits to which the least bound on a micro-batch's cost is sought."""
 
 _Row = Sequence[int]
-"""Of a chunk: its examples, and the padded lengths of its instruction, longest input and longest target."""
+"""Of a chunk: its examples, and the lengths of its instruction, longest input and longest target."""
 
 
 def deal(lengths: np.ndarray, ranks: int, micro_batches: int, multiple: int = 8) -> list[list[list[int]]]:
     """Deals the chunks of a global batch.
 
     The costliest micro-batches come first, and those that all ranks have at the same time are neighbours in length.
-    By the lengths that are given, the time until the last rank is through is never more than with equal numbers in
-    the batch's order, which are dealt where that is no slower.
+    By the lengths that are given, the time until the last rank is through (`step_cost`) is never more than with equal
+    parts in the batch's order, which are dealt where the others would save little.
 
     Args:
         lengths: (chunks, 4) integers: examples, tokens of the instruction (0: none), of the longest input, of the
@@ -46,41 +51,55 @@ def deal(lengths: np.ndarray, ranks: int, micro_batches: int, multiple: int = 8)
     """
     parts, chunks = ranks * micro_batches, len(lengths)
     share = chunks // parts
-    rounded = -(-lengths[:, 1:] // multiple) * multiple
-    padded = np.column_stack([lengths[:, 0], rounded]).tolist()
     in_order = [list(range(start, start + share)) for start in range(0, chunks, share)]
-    if parts == 1:
-        return [in_order]
-    order = sorted(range(chunks), key=lambda place: (-_cost(padded[place : place + 1]), place))
-    ends = _balanced([padded[place] for place in order], parts, share)
-    starts = [0, *ends[:-1]]
-    by_length = [sorted(order[start:end]) for start, end in zip(starts, ends, strict=True)]
     plain = [in_order[rank * micro_batches : (rank + 1) * micro_batches] for rank in range(ranks)]
-    sorted_out = [by_length[rank::ranks] for rank in range(ranks)]
-    return min((plain, sorted_out), key=lambda dealt: step_cost(padded, dealt))
+    if parts == 1:
+        return plain
+    rows = _rows(lengths, multiple)
+    order = sorted(range(chunks), key=lambda place: (-_cost([rows[place]]), place))
+    ends = _balanced([rows[place] for place in order], parts, share)
+    by_length = [sorted(order[start:end]) for start, end in _blocks(ends)]
+    dealt = [by_length[rank::ranks] for rank in range(ranks)]
+    before, after = _step_cost(rows, plain), _step_cost(rows, dealt)
+    return dealt if before - after > before // _WORTH else plain
 
 
-def step_cost(rows: Sequence[_Row], dealt: Sequence[Sequence[Sequence[int]]]) -> int:
+def step_cost(lengths: np.ndarray, dealt: Sequence[Sequence[Sequence[int]]], multiple: int = 8) -> int:
     """Cost of a dealing, in weighted positions: for each round of micro-batches the costliest rank's.
 
     Args:
-        rows: one a chunk.
-        dealt: what `deal` returns.
+        lengths, multiple: as of `deal`.
+        dealt: what it returns.
     """
+    return _step_cost(_rows(lengths, multiple), dealt)
+
+
+def _rows(lengths: np.ndarray, multiple: int) -> list[list[int]]:
+    """Lengths with the padding up to the multiple that is to be expected; an estimate that is rounded up would often be
+    a whole multiple beside the truth."""
+    counts, tokens = lengths[:, :1], lengths[:, 1:]
+    rows: list[list[int]] = np.hstack([counts, np.where(tokens > 0, tokens + multiple // 2, 0)]).tolist()
+    return rows
+
+
+def _step_cost(rows: Sequence[_Row], dealt: Sequence[Sequence[Sequence[int]]]) -> int:
     rounds = zip(*dealt, strict=True)
     return sum(max(_cost([rows[place] for place in part]) for part in parts) for parts in rounds)
 
 
 def _cost(rows: Sequence[_Row]) -> int:
     """Weighted positions of one micro-batch."""
-    examples = sum(row[0] for row in rows)
-    instruction, given, target = (max(row[kind] for row in rows) for kind in (1, 2, 3))
-    return len(rows) * _INSTRUCTION * instruction + examples * (_INPUT * given + _TARGET * target)
+    longest = [max(row[kind] for row in rows) for kind in (1, 2, 3)]
+    return _weighed(len(rows), sum(row[0] for row in rows), *longest)
+
+
+def _weighed(chunks: int, examples: int, instruction: int, given: int, target: int) -> int:
+    return chunks * (_CHUNK + _INSTRUCTION * instruction) + examples * (_INPUT * given + _TARGET * target)
 
 
 def _balanced(rows: Sequence[_Row], parts: int, share: int) -> list[int]:
     """Ends of exactly `parts` consecutive blocks whose costliest one costs about as little as it can."""
-    least = max(_cost(rows[at : at + 1]) for at in range(len(rows))) - 1
+    least = max(_cost([row]) for row in rows) - 1
     enough = max(_cost(rows[start : start + share]) for start in range(0, len(rows), share))
     ends = _filled(rows, enough, parts, share * LARGEST_SHARE)
     assert ends is not None, "blocks of the equal share are within the bound"
@@ -102,8 +121,7 @@ def _filled(rows: Sequence[_Row], bound: int, parts: int, most: int) -> list[int
     start = examples = instruction = given = target = 0
     for at, (count, *lengths) in enumerate(rows):
         wider = max(instruction, lengths[0]), max(given, lengths[1]), max(target, lengths[2])
-        cost = (at + 1 - start) * _INSTRUCTION * wider[0]
-        cost += (examples + count) * (_INPUT * wider[1] + _TARGET * wider[2])
+        cost = _weighed(at + 1 - start, examples + count, *wider)
         if at > start and (cost > bound or at - start == most):
             ends.append(at)
             if len(ends) == parts:

@@ -58,9 +58,9 @@ def test_every_chunk_is_dealt_once_and_no_micro_batch_is_empty_or_large(
 @settings(max_examples=150, deadline=None)
 def test_a_step_is_never_slower_than_with_equal_parts_in_order(batch: tuple[int, int, int, np.ndarray]) -> None:
     ranks, micro_batches, share, lengths = batch
-    rows = padded(lengths)
     dealt = deal(lengths, ranks, micro_batches, MULTIPLE)
-    assert step_cost(rows, dealt) <= step_cost(rows, in_order(ranks, micro_batches, share))
+    plain = in_order(ranks, micro_batches, share)
+    assert step_cost(lengths, dealt, MULTIPLE) <= step_cost(lengths, plain, MULTIPLE)
 
 
 @given(batches())
@@ -86,7 +86,7 @@ def test_positions_and_waiting_of_long_tailed_lengths(
         tails = random.lognormal([3.5, 4.5, 1.5], [0.5, 0.8, 0.7], (count, 3)).astype(int) + 1
         lengths = np.column_stack([np.ones(count, dtype=int), tails])
         rows, both = padded(lengths), (deal(lengths, ranks, micro_batches), in_order(ranks, micro_batches, share))
-        cost += [step_cost(rows, dealt) for dealt in both]
+        cost += [step_cost(lengths, dealt) for dealt in both]
         area += [positions(rows, dealt) for dealt in both]
     assert cost[0] <= waiting * cost[1]
     assert area[0] <= padding * area[1]
@@ -98,6 +98,11 @@ def test_long_texts_meet_in_a_small_micro_batch_at_the_same_time_on_every_rank()
     dealt = deal(lengths, 2, 2)
     assert [rank[0] for rank in dealt] == [[1], [4]]
     assert sorted(len(rank[1]) for rank in dealt) == [2, 4]
+
+
+def test_lengths_that_are_all_alike_are_dealt_in_order() -> None:
+    lengths = np.array([(1, 12, 5 + place % 3, 5) for place in range(32)])
+    assert deal(lengths, 2, 2) == in_order(2, 2, 8)
 
 
 def test_one_process_with_one_micro_batch_keeps_the_order() -> None:
