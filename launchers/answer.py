@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 DEFAULT_MODEL = Path("runs/quickstart/convert/model")
@@ -71,12 +71,13 @@ def _answer(arguments: argparse.Namespace) -> None:
     if arguments.save_task is not None:
         answerer.task.save(arguments.save_task)
         print(f"compiled task in {arguments.save_task}", flush=True)
-    given: Iterable[str] = [*arguments.input, *(lines or [])]
-    if not arguments.input and lines is None:
-        given = _typed()
+    how = arguments.max_new_tokens, arguments.beams
+    if arguments.input or lines is not None:
+        answers = answerer.answer_all([*arguments.input, *(lines or [])], *how)
+    else:
+        answers = (answerer.answer(text, *how) for text in _typed())
     seconds = []
-    for text in given:
-        answer = answerer.answer(text, arguments.max_new_tokens, arguments.beams)
+    for answer in answers:
         seconds.append(answer.seconds)
         print(f"{answer.given} -> {answer.text}   ({1000 * answer.seconds:.0f} ms)", flush=True)
     if len(seconds) > 1:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from tagi_ds.convert.model_folder import ModelFolder, load_model_folder, text_task
 from tagi_ds.errors import UserError
 from tagi_ds.model.compiled import CompiledTask
+from tagi_ds.model.inference import Inference
+
+BATCH, WINDOW = 32, 256
+"""Inputs that are answered together, and among how many those of like lengths are looked for."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Answer:
     Attributes:
         given: the bare input.
         text: the answer.
-        seconds: time from input to answer.
+        seconds: time from input to answer; of those answered together, an equal share.
     """
 
     given: str
@@ -77,14 +83,36 @@ class Answerer:
             max_new_tokens: longest answer; default the training's longest target.
             beams: 1 is greedy.
         """
+        return next(self.answer_all([given], max_new_tokens, beams))
+
+    def answer_all(self, given: Sequence[str], max_new_tokens: int | None = None, beams: int = 1) -> Iterator[Answer]:
+        """Answers inputs, in their order; those of like lengths together.
+
+        Args:
+            given: bare inputs.
+            max_new_tokens, beams: as in :meth:`answer`.
+        """
+        most = max_new_tokens or self.loaded.prompt.max_target_tokens
+        for first in range(0, len(given), WINDOW):
+            window = given[first : first + WINDOW]
+            lengths = [len(text) for text in window]
+            order = sorted(range(len(window)), key=lambda at: -lengths[at])
+            found: dict[int, Answer] = {}
+            with Inference(self.loaded.model) as inference:
+                for start in range(0, len(order), BATCH):
+                    chosen = order[start : start + BATCH]
+                    answers = self._together(inference, [window[at] for at in chosen], most, beams)
+                    found |= zip(chosen, answers, strict=True)
+            yield from (found[at] for at in range(len(window)))
+
+    def _together(self, inference: Inference, given: Sequence[str], most: int, beams: int) -> list[Answer]:
         began = time.perf_counter()
-        tokens = self.loaded.model.generate(
-            self.loaded.input_ids(given),
-            task=self.task,
-            max_new_tokens=max_new_tokens or self.loaded.prompt.max_target_tokens,
-            num_beams=beams,
-            do_sample=False,
-        )
-        text = self.loaded.tokenizer.decode(tokens[0].cpu(), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return Answer(given, text.strip(), time.perf_counter() - began)
+        rows = [self.loaded.input_ids(text)[0] for text in given]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.loaded.model.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]).long()
+        inputs = {"input_ids": ids, "attention_mask": mask, "task": self.task.state}
+        tokens = inference.generate(inputs, most, beams=beams)
+        texts = self.loaded.tokenizer.batch_decode(tokens.cpu(), skip_special_tokens=True)
+        seconds = (time.perf_counter() - began) / len(given)
+        return [Answer(one, text.strip(), seconds) for one, text in zip(given, texts, strict=True)]

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from tagi_ds import answering
 from tagi_ds.answering import Answerer
 from tagi_ds.config import DataConfig
 from tagi_ds.convert.model_folder import write_prompt
@@ -86,6 +87,26 @@ def test_it_reads_texts_in_the_wording_of_the_training(model_folder: Path) -> No
     assert long.seconds > 0
     generated = answerer.loaded.model.generate(ids, task=answerer.task, max_new_tokens=5)
     assert long.text == answerer.loaded.tokenizer.decode(generated[0], skip_special_tokens=True).strip()
+
+
+def test_many_inputs_are_answered_together_in_their_order(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "BATCH", 4)
+    monkeypatch.setattr(answering, "WINDOW", 6)
+    answerer = Answerer.open(model_folder, INSTRUCTION, None)
+    texts = [" ".join(["lamp", "chair", "bell box", "say"][: 1 + at % 4] * (1 + at % 3)) for at in range(11)]
+    rows: list[int] = []
+    answerer.loaded.model.backbone.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = list(answerer.answer_all(texts))
+    assert rows == [4, 2, 4, 1]
+    assert [one.given for one in found] == texts
+    assert [one.text for one in found] == [answerer.answer(text).text for text in texts]
+    assert len({one.text for one in found}) > 1
+    assert [one.text for one in answerer.answer_all(texts[:3], beams=3)] == [
+        answerer.answer(text, beams=3).text for text in texts[:3]
+    ]
+    assert list(answerer.answer_all([])) == []
 
 
 @pytest.mark.parametrize(
