@@ -30,6 +30,8 @@ COMMAND = "launchers/finetune.py"
 TENSOR, HEADER = "encodings", "tagi_ds"
 BATCH_TOKENS = 8192
 """Tokens, padding included, of the instructions that are encoded together and lie in one file."""
+LEAST_SHARE = 0.75
+"""Of the longest of them, what each of the others has at least: padding is encoded too."""
 
 
 def key_of(ids: np.ndarray) -> str:
@@ -68,8 +70,9 @@ def plan_shards(instructions: Iterable[np.ndarray], binding: Mapping[str, Any]) 
     ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
     groups: list[list[tuple[str, np.ndarray]]] = []
     for key, ids in ordered:
-        width = -(-len(groups[-1][0][1]) // PAD_MULTIPLE) * PAD_MULTIPLE if groups else 0
-        if not groups or (len(groups[-1]) + 1) * width > BATCH_TOKENS:
+        longest = len(groups[-1][0][1]) if groups else 0
+        width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+        if not groups or (len(groups[-1]) + 1) * width > BATCH_TOKENS or len(ids) < LEAST_SHARE * longest:
             groups.append([])
         groups[-1].append((key, ids))
     bound = content_checksum(binding)

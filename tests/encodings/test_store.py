@@ -81,6 +81,7 @@ def test_the_plan_depends_on_nothing_but_the_instructions(rows: list[np.ndarray]
     for shard in plan:
         padded = len(shard.rows) * (-(-len(shard.rows[0]) // 8) * 8)
         assert len(shard.rows) == 1 or padded <= tokens
+        assert len(shard.rows[-1]) >= 0.75 * len(shard.rows[0]), "no more than a third of it is padding"
     lengths = [len(ids) for shard in plan for ids in shard.rows]
     assert lengths == sorted(lengths, reverse=True)
 
