@@ -1,7 +1,7 @@
 """Rank classification: the answer choice that a model finds likeliest, by all ranks, safe against interruption.
 
-The encoder runs once for each example; its output is repeated for the example's choices, which the decoder scores in
-one forward. A batch is one forward of each, on every rank.
+The encoder runs once for each example, and the decoder projects keys and values of its output once: they are repeated
+for the example's choices, which the decoder scores in one forward. A batch is one forward of each, on every rank.
 Source: Sanh et al. 2022 (arXiv 2110.08207), section 4: the choice with the highest log-likelihood; T-Few and FiD-ICL
 divide it by the choice's length.
 """
@@ -103,7 +103,8 @@ def choice_likelihoods(inference: Inference, batch: Batch, labels: Tensor, owner
     Returns:
         (C,) float32, in nats.
     """
-    model, further = inference.model, {}
+    model = inference.model
+    state, further = None, {}
     if batch.instruction_ids is not None:
         state = _state(inference, batch, int((labels != IGNORED).sum()))
         memory, mask = model.encode_input(batch.input_ids, batch.attention_mask, state)
@@ -119,7 +120,7 @@ def choice_likelihoods(inference: Inference, batch: Batch, labels: Tensor, owner
         encoder_outputs=BaseModelOutput(last_hidden_state=memory[owner]),
         attention_mask=mask[owner],
         decoder_input_ids=shift(labels),
-        use_cache=False,
+        **inference.cache(memory, batch.attention_mask, owner, state),
         **further,
     ).logits
     lost = functional.cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")

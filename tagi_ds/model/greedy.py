@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, MT5ForConditionalGeneration, T5ForConditionalGeneration
 
 from tagi_ds.model.adapter import LowRank, TaskState, add_low_rank
 from tagi_ds.runs import runs_of
@@ -100,6 +100,39 @@ def decode(
             batch, tokens, goes_on = batch[kept], tokens[kept], goes_on[kept]
             rows.keep(kept)
     return answers
+
+
+@torch.no_grad()
+def input_cache(
+    backbone: Any,
+    memory: Tensor,
+    mask: Tensor,
+    owner: Tensor,
+    state: TaskState | None = None,
+    scaling: float = 1.0,
+    concatenate: bool = False,
+) -> EncoderDecoderCache:
+    """transformers' cache for C rows of the decoder that read N inputs, whose keys and values are projected once each.
+
+    Args:
+        backbone, memory, mask, state, scaling, concatenate: as in :func:`decode`.
+        owner: (C,) int64, which input a row reads.
+
+    Returns:
+        What cross-attention takes; nothing yet of self-attention.
+    """
+    rows = _Rows(backbone, memory, mask, state, scaling, concatenate)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for at, layer in enumerate(rows.layers):
+        both = []
+        for kind, own in zip("kv", layer.inputs, strict=True):
+            if concatenate:
+                front = rows.front[f"{layer.name}.{_CROSS}.{kind}"]
+                own = torch.cat([front.repeat_interleave(len(own) // len(front), dim=0), own], dim=2)
+            both.append(own[owner])
+        cache.cross_attention_cache.update(*both, at)
+        cache.is_updated[at] = True
+    return cache
 
 
 def project_instructions(backbone: Any, state: TaskState, scaling: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tagi_ds.model.adapter import TaskState
 from tagi_ds.model.compiled import KEPT_BYTES, CompiledTasks
-from tagi_ds.model.greedy import decode, decodes
+from tagi_ds.model.greedy import decode, decodes, input_cache
 from tagi_ds.model.merging import can_merge, merged, merging_pays
 from tagi_ds.model.tagi import TagiForConditionalGeneration
 from tagi_ds.runs import runs_of
@@ -96,6 +96,25 @@ class Inference:
             self._restore()
             return state
         return self._merge(state)
+
+    def cache(self, memory: Tensor, mask: Tensor, owner: Tensor, state: TaskState | None) -> dict[str, Any]:
+        """For a model's forward over C rows of the decoder that read N inputs: each input's keys and values once.
+
+        Args:
+            memory, mask: (N, L, d) and (N, L), encoded inputs.
+            owner: (C,) int64, which input a row reads.
+            state: of :meth:`state`, for a TAGI model.
+
+        Returns:
+            ``past_key_values`` and ``use_cache``; where the decoder is not one of ours, that there is no cache.
+        """
+        if not self._greedy:
+            return {"use_cache": False}
+        if state is None:
+            return {"past_key_values": input_cache(self.model, memory, mask, owner), "use_cache": True}
+        config = self.model.config
+        own = input_cache(self.model.backbone, memory, mask, owner, state, config.scaling, config.concatenate)
+        return {"past_key_values": own, "use_cache": True}
 
     def _answer_tasks(
         self, inputs: Mapping[str, Any], most: int, least: int, beams: int, settings: Mapping[str, Any]

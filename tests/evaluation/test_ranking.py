@@ -140,6 +140,18 @@ def test_the_encoder_reads_each_input_once_and_a_batch_is_one_forward(
         assert read == expected, "each instruction once, however many batches ask for it"
 
 
+def test_keys_and_values_of_an_input_are_projected_once_for_its_choices(
+    model: Any, tiny_tokenizer: PreTrainedTokenizerBase, form: Form, tmp_path: Path
+) -> None:
+    backbone = model.backbone if form == "hypernetwork" else model
+    projected: list[int] = []
+    attention = backbone.decoder.block[1].layer[1].EncDecAttention
+    attention.k.register_forward_hook(lambda *given: projected.append(len(given[2])))
+    run(model, tiny_tokenizer, form, tmp_path)
+    instructions = 3 if form == "hypernetwork" else 0
+    assert sum(projected) == 15 + instructions, "as many as there are examples, and instructions, rather than choices"
+
+
 def test_interrupted_it_goes_on_to_the_same_file(
     model: Any, tiny_tokenizer: PreTrainedTokenizerBase, form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
