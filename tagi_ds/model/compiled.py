@@ -18,7 +18,7 @@ from torch.nn import functional
 from tagi_ds.errors import UserError
 from tagi_ds.files import whole_file
 from tagi_ds.model.adapter import LowRank, TaskState
-from tagi_ds.model.greedy import project_instructions
+from tagi_ds.model.decoder_rows import project_instructions
 
 if TYPE_CHECKING:
     from tagi_ds.model.tagi import TagiForConditionalGeneration

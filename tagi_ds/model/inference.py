@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tagi_ds.model.adapter import TaskState
 from tagi_ds.model.compiled import KEPT_BYTES, CompiledTasks
-from tagi_ds.model.greedy import decode, decodes, input_cache
+from tagi_ds.model.decoder_rows import input_cache
+from tagi_ds.model.greedy import decode, decodes
 from tagi_ds.model.merging import can_merge, merged, merging_pays
 from tagi_ds.model.tagi import TagiForConditionalGeneration
 from tagi_ds.runs import runs_of
