@@ -147,4 +147,6 @@ def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> to
 
         # The schedule is ours; Adafactor's own relative steps would multiply it.
         return Adafactor(groups, lr=config.learning_rate, scale_parameter=False, relative_step=False)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    # On the CPU its fused form takes a third of the plain one's time, and differs by the last bit or two of a float32.
+    fused = True if all(p.device.type == "cpu" for group in groups for p in group["params"]) else None
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
