@@ -89,6 +89,7 @@ SECTIONS = (
             "growth_rank": "rank",
             "growth_instruction": "tokens of an instruction",
             "growth_start_vs_imports": "from the imports' end to the first step on a tiny model, over the imports",
+            "startup": "seconds from the launcher's first line to the end of that step",
         },
         "growth.png",
     ),
