@@ -52,9 +52,10 @@ def build(
     main_first(look)
     found = broadcast_object(found)
     left = [shard for shard in shards if shard.name in found["left"]]
-    flops = found["flops"] + _encode(folder, left, strategy)
-    if left or not found["finished"]:
-        main_first(lambda: finish(folder, shards, binding, flops))
+    if found["finished"] and not left:
+        return
+    flops = found["flops"] + (_encode(folder, left, strategy) if left else 0)
+    main_first(lambda: finish(folder, shards, binding, flops))
 
 
 def _take_stock(
