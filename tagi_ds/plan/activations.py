@@ -7,7 +7,7 @@ tokens, and R = N·L·d, I = N·L·inner, F = N·L·d_ff elements:
 * norm: its input e·R; in bf16 also the fp32 copy that it squares, 4·R.
 * attention: q, k, v and the output 4·e·I, a float32 a head and token, the input of the adapters e·R, and the mask
   laid over the position bias, e·N·heads·L·L — transformers builds one for every layer.
-* adapter: A·x, e·N·L·r a site; where examples share an instruction, its factors once an example.
+* adapter: A·x, e·N·L·r a site; its factors are read by runs of examples of one task, without copies.
 * fusion: norm, query and output 2·e·N·L·inner_f, the normed input e·R, keys and values 2·e·U·S·inner_f.
 * feed-forward: k tensors of F (k = 6 for gated gelu_new, 3 for gated silu, 1 for relu) and its norm.
 * dropout: a byte an element on a GPU, an element on the processor.
@@ -17,6 +17,7 @@ With recomputation a block keeps its input alone, and one block at a time has al
 
 from __future__ import annotations
 
+from tagi_ds.model.head import CHUNK_ELEMENTS
 from tagi_ds.plan.shapes import Block, Shapes, adapter_elements
 from tagi_ds.plan.workload import Workload
 
@@ -38,12 +39,12 @@ def checkpoint_bytes(shapes: Shapes, block: Block, work: Workload) -> int:
 
 
 def memory_tensor_bytes(shapes: Shapes, work: Workload) -> int:
-    """Bytes around the blocks: the encoded input and the decoder's memory [I ; F], final norms, position biases."""
+    """Bytes around the blocks: the encoded input, final norms, position biases."""
     n, d, e = work.examples, shapes.d_model, work.element
     memory = work.source + (work.memory_tokens if shapes.concatenate else 0)
     final = sum(_norm(shapes, work, length) for length in (work.source, work.target))
     bias = e * shapes.heads * (work.source**2 + work.target**2 + work.target * memory)
-    encoded = e * n * d * (work.source + (memory if shapes.concatenate else 0))
+    encoded = e * n * d * work.source
     return encoded + final + bias
 
 
@@ -85,12 +86,17 @@ def alignment_bytes(shapes: Shapes, work: Workload) -> int:
 
 
 def logit_bytes(shapes: Shapes, work: Workload) -> int:
-    """Bytes at the loss, N·T·V elements: the logits, then log-probabilities and two gradients in float32 (e + 12).
+    """Bytes at the loss: one chunk of logits, in bf16 with a float32 copy, for a store's teacher of temperature 1.
 
-    With the KL of stored distributions and bf16, its float32 copies come to e + 16.
+    Beside it the hidden states of the targets, what is kept of them and their gradient; where the head trains, its
+    gradient in float32 and one chunk's share of it.
     """
-    each = work.element + (16 if work.kl and work.precision == "bf16" else 12)
-    return work.examples * work.target * shapes.vocabulary * each
+    positions = work.examples * work.target
+    rows = min(positions, max(1, CHUNK_ELEMENTS // shapes.vocabulary))
+    chunk = rows * shapes.vocabulary * (4 if work.precision == "fp32" else 6)
+    trained_head = shapes.trains[0] if shapes.head else shapes.trains[2]
+    weight = shapes.vocabulary * shapes.d_model * (4 + work.element) * trained_head
+    return chunk + weight + 3 * work.element * positions * shapes.d_model
 
 
 def backward_bytes(shapes: Shapes, work: Workload) -> int:
@@ -147,20 +153,16 @@ def _fusion(shapes: Shapes, work: Workload) -> int:
     kept = 2 * e * elements + 2 * e * inner + 4 * n * length * shapes.fusion_heads
     if work.cpu:
         kept += elements * (4 if e == 4 else 6)
-    if work.selects:
-        kept += 2 * e * n * work.instruction * shapes.fusion_inner
     return kept
 
 
 def _adapters(shapes: Shapes, block: Block, work: Workload) -> int:
-    n, e = work.examples, work.element
-    memory = work.source + (work.memory_tokens if shapes.concatenate else 0)
-    kept = 0
+    n, tokens = work.examples, 0
+    front = work.tasks * work.memory_tokens if shapes.concatenate else 0
     for site in block.sites:
         long = site.name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
-        length = memory if long else (work.source if block.encoder else work.target)
-        kept += e * n * length * shapes.rank
-    return kept + (e * n * adapter_elements(block.sites, shapes.rank) if work.selects else 0)
+        tokens += n * work.source + front if long else n * (work.source if block.encoder else work.target)
+    return work.element * tokens * shapes.rank
 
 
 def _dropout(shapes: Shapes, work: Workload, elements: int) -> int:

@@ -42,11 +42,6 @@ class Workload:
         return 2 if self.precision == "bf16" else 4
 
     @property
-    def selects(self) -> bool:
-        """Whether examples share instructions, so that adapters are copied to each of them."""
-        return self.tasks < self.examples
-
-    @property
     def memory_tokens(self) -> int:
         """Tokens that the decoder may attend to before each example's own: S, or 0 in meta-training."""
         return self.instruction if self.tasks else 0

@@ -36,7 +36,10 @@ def make_model(
 
 
 def make_batch(work: Workload, vocabulary: int) -> dict[str, Tensor | None]:
-    """Inputs of exactly these lengths; the first example and instruction are shorter where the batch is padded."""
+    """Inputs of exactly these lengths, as many of each task, in the tasks' order.
+
+    The first example and instruction are shorter where the batch is padded.
+    """
 
     def ids(rows: int, length: int) -> Tensor:
         return torch.randint(2, vocabulary, (rows, length))
@@ -47,12 +50,11 @@ def make_batch(work: Workload, vocabulary: int) -> dict[str, Tensor | None]:
             ones[0, -2:] = 0
         return ones
 
-    shared = None if work.tasks == work.examples else torch.arange(work.examples) % work.tasks
     return {
         "input_ids": ids(work.examples, work.source),
         "attention_mask": mask(work.examples, work.source),
         "instruction_ids": ids(work.tasks, work.instruction),
         "instruction_attention_mask": mask(work.tasks, work.instruction),
-        "task_index": shared,
+        "task_index": None,
         "labels": ids(work.examples, work.target),
     }

@@ -17,8 +17,8 @@ import torch
 from tagi_ds.config import EngineConfig, OptimizerConfig
 from tagi_ds.engine import distributed
 from tagi_ds.engine.single import SingleStrategy
-from tagi_ds.losses import label_loss
 from tagi_ds.plan.workload import Workload
+from tagi_ds.reading import TargetReader
 from tests.plan.models import make_batch, make_model
 
 
@@ -55,7 +55,10 @@ def SingleStrategyOf(model: Any) -> SingleStrategy:  # noqa: N802
 
 def _step(strategy: SingleStrategy, work: Workload, vocabulary: int) -> None:
     batch = make_batch(work, vocabulary)
-    strategy.backward(label_loss(strategy.model(**batch).logits, batch["labels"]))
+    labels = batch["labels"]
+    assert labels is not None
+    figures = strategy.model(**batch, read=TargetReader(labels)).figures
+    strategy.backward(figures.label.sum())
     assert strategy.step(0).taken
 
 
