@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedModel
 
 from tagi_ds.data.examples import Batch
 from tagi_ds.model import TagiForConditionalGeneration
@@ -51,6 +51,20 @@ def test_a_plain_t5(kind: str, request: pytest.FixtureRequest) -> None:
     end_early(model, expected)
     assert torch.equal(ours(model, ids, mask), model.generate(**how))
     assert torch.equal(ours(model, ids, mask, least=9), model.generate(**how, min_new_tokens=9))
+
+
+def test_a_plain_mt5() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    tokens: dict[str, Any] = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    model: Any = MT5ForConditionalGeneration(MT5Config(**sizes, **tokens)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    ids, mask = padded([7, 4, 9, 6], torch.Generator().manual_seed(3))
+    expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert decodes(model)
+    assert torch.equal(ours(model, ids, mask), expected)
 
 
 @pytest.mark.parametrize("tasks", TASKS)
