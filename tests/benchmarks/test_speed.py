@@ -83,7 +83,6 @@ def test_inference(sni: Path) -> None:
         "merged_vs_bare",
         "unmerged_vs_bare",
         "mixed_vs_one_task",
-        "one_task_merged_vs_unmerged",
     }
     check(inference.main(argv), {f"inference_{name}" for name in names}, 2)
 
