@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -212,6 +213,15 @@ def test_answers_are_those_of_each_example_alone(index: str, beams: int, make_ta
             **how,
         )[0]
         assert answers[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_a_batch_knows_its_runs_wherever_it_goes() -> None:
+    batch = batch_of(INDICES["a common length"])
+    moved = batch.to(torch.device("meta"))
+    assert moved.runs is not None
+    assert moved.runs.shape == (3,), "found on the CPU, and not from an index elsewhere"
+    assert replace(batch, task_index=torch.tensor([0, 0, 0, 1, 1, 1])).runs is None
+    assert batch_of([0, 1]).to(torch.device("meta")).runs is None
 
 
 def test_a_compiled_task_projects_its_instruction_once(make_tagi: MakeTagi) -> None:
