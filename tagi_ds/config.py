@@ -280,8 +280,8 @@ class EngineConfig:
     """Recompute the backbone's blocks in the backward pass."""
     instruction_cache: Literal["auto", "on", "off"] = "auto"
     """Finetuning: every instruction is encoded once, before the first step, and read from the run folder from then on.
-    That asks for an encoder that does not train and has no dropout; `auto` encodes in every step where it does not
-    hold, `on` refuses."""
+    That asks for an encoder that does not train, which reads instructions without dropout; `auto` encodes in every step
+    where it trains, `on` refuses."""
     peak_tflops: float | None = None
     """Dense matrix products of one processor at most, 1e12 operations a second; MFU refers to it. Default: what a plan
     takes for an H100, H200 or A100; of others no MFU is logged."""

@@ -144,12 +144,11 @@ def open_cache(
     if setting == "off":
         return None
     if not model.encoding_is_constant:
-        reason = _changing(model)
+        reason = f"model.also_train {model.config.also_train}"
         if setting == "on":
             raise UserError(
                 f"engine.instruction_cache on with {reason}: an instruction's encoding changes from step to step",
-                "set engine.instruction_cache auto, which then encodes in every step, or model.dropout 0 and "
-                "model.also_train nothing",
+                "set engine.instruction_cache auto, which then encodes in every step, or model.also_train nothing",
             )
         stage.say(f"{stage.name}: instructions are encoded in every step ({reason})")
         return None
@@ -176,8 +175,3 @@ def wordings(tasks: Sequence[Task], validation_tasks: Sequence[Task], collator: 
             yield collator.instruction_ids(task, paraphrase)
     for task in validation_tasks:
         yield collator.instruction_ids(task, 0)
-
-
-def _changing(model: TagiForConditionalGeneration) -> str:
-    rate = model.backbone.config.dropout_rate
-    return f"dropout {rate}" if rate else f"model.also_train {model.config.also_train}"

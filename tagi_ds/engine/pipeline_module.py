@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
+from tagi_ds.model.backbone import without_dropout
 from tagi_ds.model.head import Figures
 from tagi_ds.model.payload import MicroBatch, Payload
 from tagi_ds.model.pipeline import EncoderEnd
@@ -107,8 +108,9 @@ class Stages(PipelineModule):
             if not self.is_first:
                 payload.hidden = torch.empty(shape, dtype=dtype, device=device)
                 dist.recv(payload.hidden, self._rank_of(self.stage_id - 1))
-            for layer in encoder:
-                payload = layer(payload, micro.of_instructions())
+            with without_dropout(*encoder):
+                for layer in encoder:
+                    payload = layer(payload, micro.of_instructions())
             if payload.memory is not None:
                 encoded.append(payload.memory.flatten())
             else:

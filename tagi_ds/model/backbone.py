@@ -7,9 +7,11 @@ replaced by the embeddings. Here a checkpoint that holds ``lm_head.weight`` gets
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -195,6 +197,19 @@ def merge_lora(model: Any) -> PreTrainedModel:
         warnings.simplefilter("ignore", UserWarning)
         merged: PreTrainedModel = model.merge_and_unload()
     return merged
+
+
+@contextlib.contextmanager
+def without_dropout(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode inside; each one's own mode is put back."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def parameters_to_train(backbone: nn.Module, also_train: str) -> list[nn.Parameter]:

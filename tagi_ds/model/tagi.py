@@ -22,7 +22,7 @@ from transformers.models.mt5.modeling_mt5 import MT5Block
 from transformers.models.t5.modeling_t5 import T5Block
 
 from tagi_ds.model.adapter import STATE_KEYWORD, TaskState, find_sites, install
-from tagi_ds.model.backbone import backbone_class, parameters_to_train
+from tagi_ds.model.backbone import backbone_class, parameters_to_train, without_dropout
 from tagi_ds.model.configuration import TagiConfig
 from tagi_ds.model.fusion import Fusion, FusionLayer, FusionMemory
 from tagi_ds.model.head import Figures, Reader, ReadingHead
@@ -194,14 +194,15 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def encoding_is_constant(self) -> bool:
-        """Whether an instruction is encoded alike in every training step: nothing of the encoder trains, no dropout."""
-        trains = any(p.requires_grad for p in self.backbone.encoder.parameters())
-        return not trains and self.backbone.config.dropout_rate == 0
+        """Whether an instruction is encoded alike in every training step: nothing of the encoder trains."""
+        return not any(p.requires_grad for p in self.backbone.encoder.parameters())
 
     def encode_instructions(self, instruction_ids: Tensor, instruction_attention_mask: Tensor) -> Tensor:
-        """I (U, S, d) of U instructions (U, S); without a graph where nothing of the encoder trains."""
-        frozen = not any(p.requires_grad for p in self.backbone.encoder.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
+        """I (U, S, d) of U instructions (U, S); a constant of a frozen encoder: no graph, no dropout."""
+        with contextlib.ExitStack() as modes:
+            if self.encoding_is_constant:
+                modes.enter_context(torch.no_grad())
+                modes.enter_context(without_dropout(self.backbone.encoder))
             encoded: Tensor = self.backbone.encoder(
                 input_ids=instruction_ids, attention_mask=instruction_attention_mask
             ).last_hidden_state
@@ -224,7 +225,7 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: an encoding from before, of an encoder whose encodings change.
         """
         if instruction_encoding is not None and not self.encoding_is_constant:
-            raise ValueError("an encoding kept from before stands for a frozen encoder without dropout alone")
+            raise ValueError("an encoding kept from before stands for a frozen encoder alone")
         if instruction_encoding is None:
             assert instruction_ids is not None
             encoded = self.encode_instructions(instruction_ids, instruction_attention_mask)

@@ -141,7 +141,7 @@ class Shapes:
     @property
     def encoding_is_constant(self) -> bool:
         """Whether an instruction is encoded alike in every step, so that it may be kept."""
-        return not self.encoder_trains and self.dropout == 0
+        return not self.encoder_trains
 
 
 def adapter_elements(sites: Iterable[Site], rank: int) -> int:

@@ -57,8 +57,7 @@ def test_what_was_encoded_before_is_not_counted() -> None:
     in_the_step = count_operations(shapes, replace(work, instruction_cache=False))
     assert counts[0] - counts[1] == in_the_step.total.total - count_operations(shapes, work).total.total > 0
     assert not count_operations(shapes, work).instruction
-    # An encoder that trains, or has dropout, encodes in every step whatever is asked for.
-    assert count_operations(replace(shapes, dropout=0.1), work).instruction
+    # An encoder that trains encodes in every step whatever is asked for.
     trained = make_model(also_train="norms")
     assert count_operations(shapes_of(trained.backbone, trained), work).instruction
 
