@@ -42,12 +42,13 @@ class FullLogits(TagiObjective):
         }
 
 
-def peaks(study: Study, form: str) -> dict[str, float]:
+def peaks(study: Study, form: str, recompute: bool) -> dict[str, float]:
     """Bytes and seconds of a step in a fresh process.
 
     Args:
         study: with its backbone made.
         form: `own`, the project's losses, or `full`.
+        recompute: activations in the backward pass.
 
     Returns:
         "peak": most bytes during a step behind the first, beyond those of the process after its imports (weights,
@@ -55,11 +56,11 @@ def peaks(study: Study, form: str) -> dict[str, float]:
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         # Settings of this process, such as its threads, do not reach the new one.
-        asked = (study.root, study.sni, study.size_name, form, torch.get_num_threads())
+        asked = (study.root, study.sni, study.size_name, form, recompute, torch.get_num_threads())
         return pool.submit(_measure, *asked).result()
 
 
-def _measure(root: Path, sni: Path, size: str, form: str, threads: int) -> dict[str, float]:
+def _measure(root: Path, sni: Path, size: str, form: str, recompute: bool, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     quieten_libraries()
     transformers.utils.logging.disable_progress_bar()
@@ -68,6 +69,8 @@ def _measure(root: Path, sni: Path, size: str, form: str, threads: int) -> dict[
     config = study.config()
     model = build_tagi(config)
     kind = {"own": TagiObjective, "full": FullLogits}[form]
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     examples, targets = study.size.grid
     few = _batch(study, TASKS, targets)
     training = Training(model, kind(LOSS, model.config.scaling), lambda batch: batch, [few])
@@ -85,8 +88,11 @@ def _measure(root: Path, sni: Path, size: str, form: str, threads: int) -> dict[
 
 
 def _batch(study: Study, examples: int, targets: int) -> Batch:
-    """SNI's instructions and inputs with targets of one length and stored distributions for all of them."""
+    """SNI's instructions, its inputs cut at so many tokens as a target has (their mean), targets of one length and
+    stored distributions for all of them.
+    """
     batch = study.collator("hypernetwork", study.config())(study.chunks(TASKS, examples // TASKS)[0])
+    batch.input_ids, batch.attention_mask = batch.input_ids[:, :targets], batch.attention_mask[:, :targets]
     generator = torch.Generator().manual_seed(0)
     vocabulary = study.size.shape["vocab_size"]
     batch.labels = torch.randint(3, vocabulary, (examples, targets), generator=generator)
