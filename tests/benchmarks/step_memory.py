@@ -70,7 +70,7 @@ def _measure(root: Path, sni: Path, size: str, form: str, recompute: bool, threa
     model = build_tagi(config)
     kind = {"own": TagiObjective, "full": FullLogits}[form]
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.backbone.gradient_checkpointing_enable()
     examples, targets = study.size.grid
     few = _batch(study, TASKS, targets)
     training = Training(model, kind(LOSS, model.config.scaling), lambda batch: batch, [few])
