@@ -2,7 +2,8 @@
 
 One task's examples are answered four ways (:data:`WAYS`), each with the same batches and as many new tokens as the
 references have at the mean, so that a model that stops early looks no cheaper. The plain backbone that reads the
-concatenated instruction is what the others are related to. n examples of length i under an instruction of length t cost
+concatenated instruction is what the others are related to. All answer as evaluation does
+(:class:`tagi_ds.model.inference.Inference`). n examples of length i under an instruction of length t cost
 about n(t+i) in the first and t+ni in the others (paper, table 2: one task of 100 examples).
 """
 
@@ -19,12 +20,13 @@ import torch
 from rich.table import Table
 
 from tagi_ds.data.collate import Collator
-from tagi_ds.data.examples import Batch, Task
+from tagi_ds.data.examples import Task
 from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.evaluation.dealing import collate_pairs, evaluating, plan_batches
 from tagi_ds.evaluation.generation import GenerationSettings, model_inputs
 from tagi_ds.files import read_json, write_json
 from tagi_ds.model.adapter import TaskState
+from tagi_ds.model.inference import Inference
 from tagi_ds.model.tagi import TagiForConditionalGeneration
 
 WAYS = {
@@ -167,8 +169,7 @@ def _ways(
     beside, joined = ([collate_pairs(collator)(part).to(model.device) for part in pairs] for collator in collators)
     outputs = [int((row != -100).sum()) for batch in beside for row in batch.labels]
     new_tokens = max(1, round(sum(outputs) / len(outputs)))
-    length: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    length |= {"num_beams": settings.beams, "do_sample": False}
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "beams": settings.beams}
     compiled: list[TaskState] = []
     instruction, mask = beside[0].instruction_ids, beside[0].instruction_attention_mask
     assert instruction is not None
@@ -177,13 +178,19 @@ def _ways(
     def compile_task() -> None:
         compiled[:] = [model.compile_instructions(instruction, mask)]
 
-    def answer(generator: Any, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            generator.generate(**model_inputs(batch), **length)
+    def concatenated() -> None:
+        with Inference(model.backbone) as inference:
+            for batch in joined:
+                inference.generate(model_inputs(batch), **length)
 
-    def answer_compiled() -> None:
-        for batch in beside:
-            model.generate(batch.input_ids, batch.attention_mask, task=compiled[0], **length)
+    def answer_compiled(compile_each: bool = False) -> None:
+        with Inference(model) as inference:
+            for batch in beside:
+                if compile_each:
+                    compile_task()
+                task = compiled[0]
+                given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "task": task}
+                inference.generate(given, **length)
 
     def prepare() -> None:
         compile_task()
@@ -197,8 +204,8 @@ def _ways(
         """Nothing comes before."""
 
     runs: dict[str, Run] = {
-        "concatenated": (nothing, lambda: answer(model.backbone, joined)),
-        "every_batch": (nothing, lambda: answer(model, beside)),
+        "concatenated": (nothing, concatenated),
+        "every_batch": (nothing, lambda: answer_compiled(compile_each=True)),
         "once": (nothing, once),
         "compiled": (prepare, answer_compiled),
     }

@@ -10,11 +10,12 @@ import functools
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import TYPE_CHECKING, Any
 
 from tagi_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 METRICS = ("exact_match", "rouge_l")
 """Names of the scores, as results files have them."""
@@ -162,6 +163,9 @@ def average_categories(
 
 @functools.cache
 def _scorer(tokens: SubwordTokens | None) -> RougeScorer:
+    # Imported where it scores: it brings nltk and scikit-learn, a second for whatever only names this module.
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], use_stemmer=True) if tokens is None else RougeScorer(["rougeL"], tokenizer=tokens)
 
 

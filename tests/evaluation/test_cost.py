@@ -18,6 +18,7 @@ from tagi_ds.evaluation import cost
 from tagi_ds.evaluation.cost import WAYS, measured_cost, spread
 from tagi_ds.evaluation.generation import GenerationSettings
 from tagi_ds.model import TagiForConditionalGeneration
+from tagi_ds.model.inference import Inference
 
 DATA = DataConfig(prompt="plain", max_source_tokens=256, max_target_tokens=16)
 SETTINGS = GenerationSettings(batch_examples=8, max_new_tokens=16)
@@ -70,10 +71,12 @@ def test_concatenation_costs_what_counting_by_hand_gives_and_reading_once_is_che
     shares = flops["relative"]
     assert shares["concatenated"] == 1
     assert 0 < shares["compiled"] < shares["once"] < shares["every_batch"] < 1
-    # Two batches read the instruction twice, and once a task it is read once.
+    # Two batches read the instruction twice and merge its adapters twice; once a task both are done once.
+    rank = tiny_tagi.config.rank
+    merging = sum(2 * site.d_out * rank * site.d_in for site in tiny_tagi.site_table)
     operations = flops["operations"]
     reading = operations["once"] - operations["compiled"]
-    assert operations["every_batch"] - operations["compiled"] == 2 * reading
+    assert operations["every_batch"] - operations["compiled"] == 2 * reading + merging
     tokens = flops["per_task"]["t"]["tokens"]
     assert tokens["instruction"] > 10 * tokens["input"]
     # Each text ends with an end token of its own, and a line break joins them.
@@ -91,18 +94,13 @@ def test_every_way_generates_as_many_tokens(
 ) -> None:
     lengths: list[int] = []
 
-    def watch(model: Any) -> None:
-        generate = model.generate
-
-        def watched(*args: Any, **settings: Any) -> Tensor:
-            tokens: Tensor = generate(*args, **settings)
+    class Watched(Inference):
+        def generate(self, *args: Any, **settings: Any) -> Tensor:
+            tokens = super().generate(*args, **settings)
             lengths.append(tokens.shape[1])
             return tokens
 
-        monkeypatch.setattr(model, "generate", watched)
-
-    watch(tiny_tagi)
-    watch(tiny_tagi.backbone)
+    monkeypatch.setattr(cost, "Inference", Watched)
     with torch.no_grad():
         cost._group(tiny_tagi, [_task()], collators, SETTINGS)
     assert len(lengths) == 2 * 2 * len(WAYS), "two batches, counted and timed"
