@@ -102,7 +102,8 @@ def count_operations(shapes: Shapes, work: Workload) -> Operations:
             cost = _block(shapes, bare, plain)
             # Adapters are what makes the input's pass need gradients; instructions have none.
             instruction[block.name] = cost if shapes.encoder_trains else Cost(cost.forward)
-    product = 2.0 * work.examples * work.target * shapes.d_model * shapes.vocabulary
+    counted = work.examples * work.target if work.counted is None else work.counted
+    product = 2.0 * counted * shapes.d_model * shapes.vocabulary
     trained_head = shapes.trains[0] if shapes.head else shapes.trains[2]
     elements = 2.0 * work.tasks * shapes.rank**2 * sum(s.d_in + s.d_out for b in shapes.blocks for s in b.sites)
     return Operations(

@@ -20,6 +20,7 @@ class Workload:
         kl, alignment: whether these losses are on.
         cpu: whether torch's kernels for the processor are used, which keep a little more.
         padded: whether examples differ in length, so that a mask is laid over the position bias.
+        counted: target positions that are not padding, all that the output head reads; None: all of N·T.
         instruction_cache: whether encoded instructions are read from the run's cache where the model allows it.
     """
 
@@ -34,6 +35,7 @@ class Workload:
     alignment: bool = False
     cpu: bool = False
     padded: bool = True
+    counted: int | None = None
     instruction_cache: bool = False
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Session:
         """The micro-batch of the longest lengths so far, to which memory belongs."""
         seen = self.seen
         lengths = (max(w.instruction for w in seen), max(w.source for w in seen), max(w.target for w in seen))
-        return seen[0].with_lengths(lengths)
+        return replace(seen[0].with_lengths(lengths), counted=None)
 
     def _note(self, batch: Batch) -> None:
         assert batch.instruction_ids is not None
@@ -85,7 +85,7 @@ class Session:
         ranks, stage = current(), Path(str(self.config.output_dir)).name
         limits = workload_of(self.config, stage, ranks.world_size, ranks.device.type == "cpu")
         lengths = (batch.instruction_ids.shape[1], batch.input_ids.shape[1], batch.labels.shape[1])
-        self.seen.append(limits.with_lengths(lengths))
+        self.seen.append(replace(limits.with_lengths(lengths), counted=batch.target_tokens))
 
     def flops(self, first: int, after: int) -> tuple[float, float]:
         """Useful and computed operations of this rank in the steps `first` to `after`, the latter left out."""

@@ -80,3 +80,11 @@ def test_all_others_within_two_per_cent(
     work = Workload(4, tasks, 24, 48, 12, checkpointing, "fp32")
     reckoned, real = counted(size, work, "gated-gelu", settings)
     assert reckoned == pytest.approx(real, rel=0.02)
+
+
+def test_the_head_reads_the_targets_that_count() -> None:
+    model, work = make_model(), Workload(4, 2, 12, 10, 6, False, "fp32")
+    shapes = shapes_of(model.backbone, model)
+    whole, some = (count_operations(shapes, replace(work, counted=read)) for read in (None, 9))
+    assert some.head.total * work.examples * work.target == whole.head.total * 9
+    assert some.total.total - some.head.total == whole.total.total - whole.head.total
