@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,19 @@ def curve(given: argparse.Namespace, name: str, points: Mapping[int, Training], 
 
 
 def _training(study: Study, batch: Batch, backbone: Path | None = None, **model: Any) -> Training:
-    return study.tagi_training([batch], study.config(backbone=backbone, **model), lambda item: item)
+    training = study.tagi_training([batch], study.config(backbone=backbone, **model), lambda item: item)
+    tagi: Any = training.model
+    # As in finetuning: instructions have been encoded before.
+    encoded = tagi.encode_instructions(batch.instruction_ids, batch.instruction_attention_mask)
+    training.work = [replace(batch, instruction_encoding=encoded)]
+    return training
 
 
 def tasks(study: Study, given: argparse.Namespace) -> Rows:
     """Tasks a batch at a constant number of examples."""
     vocabulary = study.size.shape["vocab_size"]
     points = {at: _training(study, make_batch(vocabulary, at)) for at in POINTS[given.size]["tasks"]}
-    return curve(given, "tasks", points, "every task adds one instruction to encode, without gradient, and one adapter")
+    return curve(given, "tasks", points, "every task adds an adapter, and keys and values of one instruction")
 
 
 def layers(study: Study, given: argparse.Namespace) -> Rows:
@@ -149,7 +155,7 @@ def instruction(study: Study, given: argparse.Namespace) -> Rows:
     """Tokens of every instruction."""
     vocabulary = study.size.shape["vocab_size"]
     points = {at: _training(study, make_batch(vocabulary, TASKS, at)) for at in POINTS[given.size]["instruction"]}
-    told = "an instruction is encoded once a task; every example's fusion and decoder attend to all of it"
+    told = "keys and values of it are made once a task, and every example's fusion and decoder attend to all of it"
     return curve(given, "instruction", points, told)
 
 

@@ -136,5 +136,11 @@ SECTIONS = (
     ),
 )
 
-REMARKS: dict[str, str] = {}
+REMARKS: dict[str, str] = {
+    "train_finetune_vs_meta_whole": "Two of the five runs lay beside other work of the machine, which is the spread.",
+    "train_distilled_vs_naive": "Half of the inputs' positions in these batches of two tasks are padding, on both"
+    " sides; and the naive side has the head that reads rows, for one label in four positions.",
+    "train_pretrain_vs_lora": "A document's first part is encoded anew in every step, without gradient, beside the"
+    " generator and fusion.",
+}
 """Row -> what stands in a goal's way, what was tried, or what a figure means."""

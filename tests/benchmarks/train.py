@@ -198,8 +198,8 @@ def grouping(study: Study, given: argparse.Namespace) -> Rows:
         work = study.chunks(2 * EXAMPLES, 1)
         apart = study.collator("hypernetwork", config)(work[0])
         ways = {
-            "apart": study.tagi_training([apart], config, lambda batch: batch),
-            "together": study.tagi_training([with_tasks(apart, 1)], config, lambda batch: batch),
+            "apart": study.tagi_training([apart], config, lambda batch: batch, _tasks_of(work)),
+            "together": study.tagi_training([with_tasks(apart, 1)], config, lambda batch: batch, _tasks_of(work)),
         }
         flops = {name: count(way) for name, way in ways.items()}
         times = take_turns(ways, given.runs, warm=False)
