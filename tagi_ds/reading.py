@@ -41,7 +41,7 @@ class TargetReader:
         else:
             stored = teacher.listed(self.positions).joined(self.labels)
             self._lists = [(Listed.of_labels(self.labels), 1.0, 1.0), (stored, temperature, temperature**2)]
-
+        # Alone, a list may write over the logits.
         self._alone = self.sparse and len(self._lists) == 1
 
     def read(self, logits: Tensor, part: slice) -> Chunk:
