@@ -78,6 +78,8 @@ class ZeroStrategy(Strategy):
         leaves = getattr(model, "z3_leaf_classes", None)
         if self.name == "zero3" and leaves:
             self._deepspeed.utils.set_z3_leaf_modules(model, list(leaves))
+        if self.name == "zero3" and hasattr(model, "parameters_are_sharded"):
+            model.parameters_are_sharded = True  # type: ignore[assignment]
         self._engine = initialize(model, stepper, config, self.engine_config)
         self._engine.train()
 

@@ -82,8 +82,10 @@ def step_flops(config: RunConfig, stage: str, lengths: Lengths) -> float:
     else:
         tasks = data.tasks_per_batch
     cached = stage == "finetune" and config.engine.instruction_cache != "off"
-    precision = config.engine.precision
-    work = Workload(examples, tasks, instruction, source, target, False, precision, instruction_cache=cached)
+    work = Workload(
+        examples, tasks, instruction, source, target, False, config.engine.precision,
+        instruction_cache=cached, sharded=config.engine.strategy == "zero3",
+    )  # fmt: skip
     return count_operations(count_model(config, stage), work).total.useful
 
 

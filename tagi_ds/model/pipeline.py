@@ -119,7 +119,8 @@ class EncoderBlock(_Block):
         """Hidden (N, L, d) -> hidden (N, L, d)."""
         state = self.generate(payload, micro)
         if state is not None and self.fusion_memory is not None:
-            state.fusion[self.name] = self.fusion_memory(micro.instruction)
+            assert micro.instruction is not None
+            state.fusion[self.name] = self.fusion_memory(self.fusion_memory.normalised(micro.instruction))
         if payload.mask is None:
             assert payload.hidden is not None
             payload.mask = create_bidirectional_mask(

@@ -56,6 +56,9 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
     backbone: Any  # one of backbone.ARCHITECTURES
     stage_costs: list[float] | None = None
     """What each of :meth:`stage_units` costs, in any measure; None: alike."""
+    parameters_are_sharded: bool = False
+    """Set by engines that release a module's parameters once the gradient of its inputs is known, and at once where no
+    input needs one: the hypernetwork's input then asks for a gradient, so that its parameters stay for its backward."""
 
     def __init__(self, config: TagiConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -231,10 +234,9 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoded = self.encode_instructions(instruction_ids, instruction_attention_mask)
         else:
             encoded = instruction_encoding
-        frozen = not encoded.requires_grad
-        # Sharding engines release a module's parameters once the gradient of its inputs is known, and at once where no
-        # input needs one: the hypernetwork's input asks for a gradient so that its parameters stay for its backward.
-        source = encoded.detach().requires_grad_() if frozen and torch.is_grad_enabled() else encoded
+        source = encoded
+        if self.parameters_are_sharded and torch.is_grad_enabled() and not encoded.requires_grad:
+            source = encoded.detach().requires_grad_()
         adapters, fusion = self.hypernetwork(source, instruction_attention_mask)
         return TaskState(adapters, fusion, encoded, instruction_attention_mask)
 

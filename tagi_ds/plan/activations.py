@@ -58,10 +58,10 @@ def instruction_bytes(shapes: Shapes, work: Workload) -> int:
     e, tokens = work.element, work.tasks * work.instruction
     kept = 2 * e * tokens * shapes.d_model
     pools = sum(1 for block in shapes.blocks if block.fusion)
-    # Keys and values, and the normed instruction from which they came.
-    kept += pools * tokens * (2 * shapes.fusion_inner * e + shapes.d_model * e)
-    if work.cpu:  # the composed norm keeps its result before the weight; in bf16 in float32, with the input's copy
-        kept += pools * tokens * shapes.d_model * (4 if e == 4 else 8)
+    # Keys and values; the normed instruction from which all of them come is the second of its size above.
+    kept += pools * tokens * 2 * shapes.fusion_inner * e
+    if work.cpu and e == 2:  # the composed norm keeps its result and its input in float32
+        kept += tokens * shapes.d_model * 8
     if shapes.encoder_trains:
         plain = Workload(
             work.tasks, 0, 0, work.instruction, 1, work.checkpointing, work.precision, cpu=work.cpu, padded=work.padded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tagi_ds.config import RunConfig
@@ -16,6 +17,8 @@ from tagi_ds.plan.timing import Timing, compute_seconds, time_of, unit_costs
 from tagi_ds.plan.workload import Workload, expected_work, workload_of
 
 _MOST_EXAMPLES = 4096
+_ALIKE = 0.95
+"""Layouts within this share of the fastest one's tokens a second are as fast as it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Plan:
 
     Attributes:
         stage: the launched stage.
-        recommended: the fastest candidate that fits; None where none does.
+        recommended: the simplest of the fastest candidates that fit; None where none does.
         backbone_gathered: bytes of gathering a sharded backbone for a forward and a backward pass.
         backbone_gather_s: seconds of that on this cluster.
         break_even: tokens of a GPU's micro-batch from which computing takes longer than ZeRO-3's gathering.
@@ -91,8 +94,7 @@ def make_plan(config: RunConfig, stage: str, cluster: Cluster, lengths: tuple[in
     shapes = count_model(config, stage)
     candidates = [_reckon(layout, config, stage, shapes, cluster, lengths) for layout in layouts(config, cluster)]
     fitting = [candidate for candidate in candidates if candidate.fits and candidate.timing is not None]
-    # Tokens a second rather than seconds: layouts whose batch does not divide are reckoned with a larger one.
-    best = max(fitting, key=lambda c: c.timing.tokens_per_s if c.timing else 0.0, default=None)
+    best = _recommended(fitting)
     work = workload_of(config, stage, cluster.gpus, cluster.is_cpu)
     gathered = backbone_gather(shapes, work.element)
     break_even = _break_even(shapes, expected_work(config, stage, work, lengths), cluster)
@@ -110,6 +112,18 @@ def make_plan(config: RunConfig, stage: str, cluster: Cluster, lengths: tuple[in
     return replace(plan, advice=_advise(plan, config))
 
 
+def _recommended(fitting: Sequence[Candidate]) -> Candidate | None:
+    """The simplest of the fastest: estimates do not tell layouts apart that differ by a few per cent.
+
+    By tokens a second rather than seconds: layouts whose batch does not divide are reckoned with a larger one.
+
+    Args:
+        fitting: in the order of :func:`tagi_ds.plan.layout.layouts`, pipelines last.
+    """
+    speeds = [candidate.timing.tokens_per_s for candidate in fitting if candidate.timing is not None]
+    return next((c for c, speed in zip(fitting, speeds, strict=True) if speed >= _ALIKE * max(speeds)), None)
+
+
 def _reckon(
     layout: Layout,
     config: RunConfig,
@@ -123,7 +137,7 @@ def _reckon(
         return Candidate(layout, reasons)
     accumulation = accumulation_of(layout, config)
     config = replace(config, engine=replace(config.engine, accumulation=accumulation))
-    work = workload_of(config, stage, layout.replicas, cluster.is_cpu)
+    work = replace(workload_of(config, stage, layout.replicas, cluster.is_cpu), sharded=layout.strategy == "zero3")
     expected = expected_work(config, stage, work, lengths)
     operations, traffic = count_operations(shapes, expected), traffic_of(shapes, expected, layout, cluster)
     stages = balance(unit_costs(shapes, operations), layout.stages) if layout.strategy == "pipeline" else []
@@ -165,7 +179,7 @@ def _break_even(shapes: Shapes, work: Workload, cluster: Cluster) -> float:
     """Computing grows with the tokens, gathering does not: where both take equally long."""
     layout = Layout("zero3", cluster.gpus)
     gather_s = traffic_of(shapes, work, layout, cluster).gather_s
-    flops = count_operations(shapes, work).total.total
+    flops = count_operations(shapes, replace(work, sharded=True)).total.total
     return work.trained_tokens * gather_s / compute_seconds(flops, cluster, work.precision)
 
 
@@ -176,7 +190,7 @@ def _advise(plan: Plan, config: RunConfig) -> list[str]:
     assert best.timing is not None
     assert best.work is not None
     said.append(
-        f"Run {best.layout.title}: the fastest of those that fit, {best.timing.tokens_per_s:,.0f} tokens/s, "
+        f"Run {best.layout.title}: the simplest of the fastest that fit, {best.timing.tokens_per_s:,.0f} tokens/s, "
         f"MFU {best.timing.mfu:.0%}."
     )
     if best.batch:

@@ -3,7 +3,7 @@
 Backward passes: a frozen linear costs its forward again (the gradient of its input alone), a trained one twice that;
 attention 2.5 times its forward (its kernels compute the scores again). The first block of a stack has an input that
 needs no gradient. Instructions are encoded once a task, forward only where the encoder is frozen, and not at all where
-they were encoded before the first step. With recomputation
+they were encoded before the first step; of a frozen encoder they have no gradient but under ZeRO-3. With recomputation
 a block's forward is paid once more, except for its last product, whose result nothing keeps.
 """
 
@@ -172,8 +172,8 @@ def _hypernetwork(shapes: Shapes, block: Block, work: Workload) -> Cost:
     down = 2.0 * u * len(block.sites) * d * m
     width = sum(site.d_out + (site.d_in if shapes.generates_a else 0) for site in block.sites)
     heads = 2.0 * u * shapes.rank * m * width
-    forward = pooled + down + heads
-    if block.fusion:
-        forward += 4.0 * u * work.instruction * d * shapes.fusion_inner
-    # The mean's weights are given; every other product has gradients of both factors.
-    return Cost(forward, 2 * forward - (0 if shapes.attention_pooling else pooled))
+    fused = 4.0 * u * work.instruction * d * shapes.fusion_inner if block.fusion else 0.0
+    # Products with the instruction have its gradient only where it has one; the mean's weights are given.
+    of_instruction = shapes.encoder_trains or work.sharded
+    backward = pooled * (shapes.attention_pooling + of_instruction) + fused * (1 + of_instruction)
+    return Cost(pooled + down + heads + fused, backward + 2 * (down + heads))

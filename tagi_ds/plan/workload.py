@@ -22,6 +22,8 @@ class Workload:
         padded: whether examples differ in length, so that a mask is laid over the position bias.
         counted: target positions that are not padding, all that the output head reads; None: all of N·T.
         instruction_cache: whether encoded instructions are read from the run's cache where the model allows it.
+        sharded: whether instructions have a gradient even of a frozen encoder, as ZeRO-3 asks of the hypernetwork's
+            input.
     """
 
     examples: int
@@ -37,6 +39,7 @@ class Workload:
     padded: bool = True
     counted: int | None = None
     instruction_cache: bool = False
+    sharded: bool = False
 
     @property
     def element(self) -> int:

@@ -45,6 +45,16 @@ def test_frozen_backbones_are_counted_exactly(kind: str, settings: dict[str, Any
     assert reckoned == real
 
 
+@pytest.mark.parametrize("settings", [{}, {"fusion": False}, {"pooling": "mean"}])
+def test_a_sharded_hypernetwork_has_a_gradient_of_its_input(settings: dict[str, Any]) -> None:
+    work, model = Workload(4, 4, 12, 20, 7, False, "fp32", sharded=True), make_model(**settings)
+    model.parameters_are_sharded = True
+    meter = FlopMeter()
+    with meter.counting():
+        model(**make_batch(work, TINY[0])).logits.float().logsumexp(-1).sum().backward()
+    assert count_operations(shapes_of(model.backbone, model), work).total.total == meter.flops
+
+
 def test_what_was_encoded_before_is_not_counted() -> None:
     work = Workload(4, 2, 12, 20, 7, False, "fp32", instruction_cache=True)
     model, batch, counts = make_model(), make_batch(work, TINY[0]), []

@@ -1,0 +1,52 @@
+"""Fusion's keys and values against their plain form, and what they cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tagi_ds.engine.flops import FlopMeter
+from tagi_ds.model.fusion import FusionMemory
+
+TASKS, LENGTH, WIDTH, HEADS, HEAD = 3, 5, 8, 2, 6
+
+
+def a_memory() -> FusionMemory:
+    torch.manual_seed(0)
+    memory = FusionMemory(WIDTH, HEADS, HEAD, 1e-6).double()
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter)
+    return memory
+
+
+def plain(memory: FusionMemory, instruction: Tensor) -> tuple[Tensor, ...]:
+    """W·Norm(I) with the norm as a module of its own."""
+    normed = memory.norm(instruction)
+    return tuple(part(normed).view(TASKS, LENGTH, HEADS, HEAD).transpose(1, 2) for part in (memory.k, memory.v))
+
+
+def test_keys_and_values_are_those_of_a_norm_and_two_projections() -> None:
+    memory = a_memory()
+    instruction = torch.randn(TASKS, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
+    targets = [instruction, *memory.parameters()]
+    weights = torch.randn(2, TASKS, HEADS, LENGTH, HEAD, dtype=torch.float64)
+    found = memory(memory.normalised(instruction))
+    expected = plain(memory, instruction)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other)
+    for own, other in zip(
+        torch.autograd.grad((torch.stack(found) * weights).sum(), targets),
+        torch.autograd.grad((torch.stack(expected) * weights).sum(), targets),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_constant_instruction_costs_no_gradient_of_its_own() -> None:
+    memory = a_memory()
+    instruction = torch.randn(TASKS, LENGTH, WIDTH, dtype=torch.float64)
+    one = 2 * TASKS * LENGTH * WIDTH * HEADS * HEAD
+    meter = FlopMeter()
+    with meter.counting():
+        sum(part.sum() for part in memory(memory.normalised(instruction))).backward()
+    assert meter.flops == 2 * 2 * one, "keys and values, forward and for the weights alone"
