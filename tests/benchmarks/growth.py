@@ -106,11 +106,11 @@ def curve(given: argparse.Namespace, name: str, points: Mapping[int, Training], 
 
 
 def _training(study: Study, batch: Batch, backbone: Path | None = None, **model: Any) -> Training:
-    training = study.tagi_training([batch], study.config(backbone=backbone, **model), lambda item: item)
+    training = study.tagi_training([[batch]], study.config(backbone=backbone, **model), lambda item: item)
     tagi: Any = training.model
     # As in finetuning: instructions have been encoded before.
     encoded = tagi.encode_instructions(batch.instruction_ids, batch.instruction_attention_mask)
-    training.work = [replace(batch, instruction_encoding=encoded)]
+    training.work = [[replace(batch, instruction_encoding=encoded)]]
     return training
 
 

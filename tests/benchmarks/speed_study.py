@@ -188,7 +188,7 @@ class Study:
         return Collator(self.tokenizer, config.data, form, config.teachers.unit)
 
     def tagi_training(
-        self, work: Sequence[Any], config: RunConfig, make: Callable[[Any], Batch], tasks: Sequence[Task] = ()
+        self, work: Sequence[Sequence[Any]], config: RunConfig, make: Callable[[Any], Batch], tasks: Sequence[Task] = ()
     ) -> Training:
         """The hypernetwork's training with labels alone.
 
@@ -207,7 +207,7 @@ class Study:
         return lambda strategy: open_cache(stage, model, tasks, [], self.collator("hypernetwork", config), strategy)
 
     def plain_training(
-        self, work: Sequence[Any], config: RunConfig, make: Callable[[Any], Batch], lora: bool
+        self, work: Sequence[Sequence[Any]], config: RunConfig, make: Callable[[Any], Batch], lora: bool
     ) -> Training:
         """The backbone's training, whole or by peft's LoRA, with the same rank and sites as the hypernetwork's."""
         config.model.meta_lora = lora
@@ -226,8 +226,8 @@ class Training:
     Args:
         model: only what trains requires gradients.
         objective: what is minimised.
-        make: an item of `work` -> its batch.
-        work: an item a step.
+        make: an item of a step -> its micro-batch.
+        work: steps, each the items of its micro-batches.
         cache: makes the cache from which batches get their encoded instructions; it is built here, once.
     """
 
@@ -236,7 +236,7 @@ class Training:
         model: nn.Module,
         objective: Objective,
         make: Callable[[Any], Batch],
-        work: Sequence[Any],
+        work: Sequence[Sequence[Any]],
         cache: MakeCache | None = None,
     ) -> None:
         config = RunConfig()
@@ -250,10 +250,11 @@ class Training:
         self._taken = 0
 
     def __call__(self) -> None:
-        for item in self.work:
-            batch = self.make(item)
-            batch = batch if self._cache is None else self._cache.attach(batch)
-            train_step(self._strategy, self.objective, [batch], self._taken, lambda: False)
+        for items in self.work:
+            batches = [self.make(item) for item in items]
+            if self._cache is not None:
+                batches = [self._cache.attach(batch) for batch in batches]
+            train_step(self._strategy, self.objective, batches, self._taken, lambda: False)
             self._taken += 1
 
     def trained(self) -> int:

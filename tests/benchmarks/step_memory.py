@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -16,30 +14,14 @@ import transformers
 from tagi_ds.build import build_tagi
 from tagi_ds.config import LossConfig
 from tagi_ds.data.examples import Batch
-from tagi_ds.divergence import StoredDistributions, kl
+from tagi_ds.divergence import StoredDistributions
 from tagi_ds.engine.distributed import quieten_libraries
-from tagi_ds.engine.objective import Term
-from tagi_ds.losses import IGNORE, label_loss
 from tagi_ds.objectives import TagiObjective
 from tests.benchmarks.speed_study import Study, Training
+from tests.benchmarks.whole_logits import WholeLogits
 
 TASKS, ENTRIES = 4, 12
 LOSS = LossConfig(kl=5.0)
-
-
-class FullLogits(TagiObjective):
-    """The same losses from logits of all positions and tokens at once."""
-
-    def __call__(self, model: Callable[..., Any], batch: Batch) -> dict[str, Term]:
-        """The terms of one micro-batch."""
-        logits = model(**self.inputs(batch)).logits
-        divergence = kl(logits, batch.teacher["distributions"], batch.labels, self.temperature)
-        right = (logits.argmax(-1) == batch.labels) & (batch.labels != IGNORE)
-        return {
-            "label": Term(label_loss(logits, batch.labels), "tokens", self.config.label),
-            "kl": Term(divergence, "tokens", self.config.kl),
-            "token_accuracy": Term(right.sum().float(), "tokens", 0.0),
-        }
 
 
 def peaks(study: Study, form: str, recompute: bool) -> dict[str, float]:
@@ -68,15 +50,15 @@ def _measure(root: Path, sni: Path, size: str, form: str, recompute: bool, threa
     study = Study(root, sni, size)
     config = study.config()
     model = build_tagi(config)
-    kind = {"own": TagiObjective, "full": FullLogits}[form]
+    kind = {"own": TagiObjective, "full": WholeLogits}[form]
     if recompute:
         model.backbone.gradient_checkpointing_enable()
     examples, targets = study.size.grid
     few = _batch(study, TASKS, targets)
-    training = Training(model, kind(LOSS, model.config.scaling), lambda batch: batch, [few])
+    training = Training(model, kind(LOSS, model.config.scaling), lambda batch: batch, [[few]])
     # The first step makes the optimizer's state, which a small batch does as well.
     training()
-    training.work = [_batch(study, examples, targets)]
+    training.work = [[_batch(study, examples, targets)]]
     ctypes.CDLL(None).malloc_trim(0)
     held = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")

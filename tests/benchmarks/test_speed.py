@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from tagi_ds.build import build_tagi
+from tagi_ds.config import LossConfig
 from tagi_ds.data.collate import pad_ids
+from tagi_ds.divergence import Distributions, FullDistributions, StoredDistributions
 from tagi_ds.files import read_json, write_json
+from tagi_ds.objectives import TagiObjective
 from tests.benchmarks import growth, inference, train
 from tests.benchmarks.figures import Seconds, compare_work, take_turns
 from tests.benchmarks.speed_study import Study
+from tests.benchmarks.whole_logits import WholeLogits
 from tests.benchmarks.words import Words
 
 TASKS, INSTANCES = 16, 8
@@ -115,6 +120,26 @@ def test_ungrouped_batches_repeat_what_an_example_had(study: Study) -> None:
         assert torch.equal(apart.instruction_ids[row], batch.instruction_ids[owner])
         assert apart.tasks[row] == batch.tasks[owner]
     assert torch.equal(apart.labels, batch.labels)
+
+
+@pytest.mark.parametrize("kept", ["listed", "whole"])
+def test_the_naive_losses_are_those_of_training(study: Study, kept: str) -> None:
+    model, vocabulary = build_tagi(study.config()), study.size.shape["vocab_size"]
+    batch = study.collator("hypernetwork", study.config())(study.chunks(2, 3)[0])
+    present = torch.tensor([True, True, False, True, True, True])
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*batch.labels.shape, vocabulary, generator=generator)
+    teacher: Distributions = FullDistributions(logits, present)
+    if kept == "listed":
+        top = logits.log_softmax(-1).topk(5)
+        tail = 1 - top.values.exp().sum(-1)
+        teacher = StoredDistributions(top.indices, top.values.exp(), top.values, tail, present)
+    batch.teacher["distributions"] = teacher
+    own = TagiObjective(LossConfig(kl=5.0), model.config.scaling, 2.0)
+    expected, found = own(model, batch), WholeLogits.of(own)(model, batch)
+    assert set(found) == set(expected)
+    for name, term in expected.items():
+        torch.testing.assert_close(found[name].value, term.value, rtol=1e-5, atol=1e-5)
 
 
 def test_fewer_tasks_serve_the_same_examples(study: Study) -> None:

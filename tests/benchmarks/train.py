@@ -36,6 +36,7 @@ from tests.benchmarks.figures import compare, compare_work, rates, row, take_tur
 from tests.benchmarks.speed_command import Rows, draw_ratios, run
 from tests.benchmarks.speed_study import Study, Training, chunk_of, count
 from tests.benchmarks.step_memory import peaks
+from tests.benchmarks.whole_logits import WholeLogits
 
 TASKS, EXAMPLES, BATCHES = 2, 8, 2
 DOCUMENTS = 4
@@ -45,11 +46,12 @@ def finetuning(study: Study, given: argparse.Namespace) -> Rows:
     """TAGI's finetuning against meta-training with the instruction in every input, whole model and LoRA."""
     work, config = study.chunks(TASKS, EXAMPLES, BATCHES), study.config()
     beside, joined = study.collator("hypernetwork", config), study.collator("concatenated", config)
+    steps = [[chunks] for chunks in work]
     ways = {
-        "tagi": study.tagi_training(work, config, beside, _tasks_of(work)),
-        "encoding": study.tagi_training(work, config, beside),
-        "whole": study.plain_training(work, study.config(), joined, lora=False),
-        "lora": study.plain_training(work, study.config(), joined, lora=True),
+        "tagi": study.tagi_training(steps, config, beside, _tasks_of(work)),
+        "encoding": study.tagi_training(steps, config, beside),
+        "whole": study.plain_training(steps, study.config(), joined, lora=False),
+        "lora": study.plain_training(steps, study.config(), joined, lora=True),
     }
     told = {**study.lengths(work, config), "trained_parameters": {name: way.trained() for name, way in ways.items()}}
     times = take_turns(ways, given.runs, BATCHES)
@@ -69,7 +71,8 @@ def distillation(study: Study, given: argparse.Namespace) -> Rows:
     """A whole step with both teachers' stores against the naive form.
 
     Naively every example's instruction is encoded in the step and its adapter generated anew, the teacher runs there
-    too, and the divergence is that of whole distributions.
+    too, and losses are taken from logits of all positions and tokens. Each task is a micro-batch of its own on both
+    sides, as dealing by length has it: in one batch half of the inputs' positions would be padding.
     """
     chosen = [[chunk.task.name for chunk in chunks] for chunks in study.chunks(TASKS, EXAMPLES, BATCHES)]
     config = _with_stores(study, [name for names in chosen for name in names])
@@ -114,7 +117,14 @@ def _distilled(study: Study, config: RunConfig, work: list[Any]) -> Training:
         return teachers.attach(batch if teachers.online is None else ungrouped(batch))
 
     cache = study.cache_of(_tasks_of(work), config, model) if teachers.online is None else None
-    return Training(model, objective, make, work, cache)
+    if teachers.online is not None:
+        objective = WholeLogits.of(objective)
+    return Training(model, objective, make, [[[chunk] for chunk in chunks] for chunks in work], cache)
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """A batch that is made before."""
+    return batch
 
 
 def ungrouped(batch: Batch) -> Batch:
@@ -137,10 +147,11 @@ def lora(study: Study, given: argparse.Namespace) -> Rows:
     """TAGI's finetuning against peft's LoRA on the bare inputs, as a multiple of the counted operations' ratio."""
     work, config = study.chunks(TASKS, EXAMPLES, BATCHES), study.config()
     beside, bare = study.collator("hypernetwork", config), study.collator("input_only", config)
+    steps = [[chunks] for chunks in work]
     ways = {
-        "on": study.tagi_training(work, config, beside, _tasks_of(work)),
-        "off": study.tagi_training(work, study.config(fusion=False), beside, _tasks_of(work)),
-        "lora": study.plain_training(work, study.config(), bare, lora=True),
+        "on": study.tagi_training(steps, config, beside, _tasks_of(work)),
+        "off": study.tagi_training(steps, study.config(fusion=False), beside, _tasks_of(work)),
+        "lora": study.plain_training(steps, study.config(), bare, lora=True),
     }
     told = {**study.lengths(work, config), "trained_parameters": {name: way.trained() for name, way in ways.items()}}
     flops = {name: count(way) for name, way in ways.items()}
@@ -163,8 +174,8 @@ def pretraining(study: Study, given: argparse.Namespace) -> Rows:
     work = [source.next_step()[0] for _ in range(BATCHES)]
     source.close()
     ways = {
-        "tagi": study.tagi_training(work, config, lambda batch: batch),
-        "lora": study.plain_training(work, study.config(), joined, lora=True),
+        "tagi": study.tagi_training([[batch] for batch in work], config, as_it_is),
+        "lora": study.plain_training([[batch] for batch in work], study.config(), joined, lora=True),
     }
     flops = {name: count(way) for name, way in ways.items()}
     times = take_turns(ways, given.runs, BATCHES, warm=False)
@@ -198,8 +209,8 @@ def grouping(study: Study, given: argparse.Namespace) -> Rows:
         work = study.chunks(2 * EXAMPLES, 1)
         apart = study.collator("hypernetwork", config)(work[0])
         ways = {
-            "apart": study.tagi_training([apart], config, lambda batch: batch, _tasks_of(work)),
-            "together": study.tagi_training([with_tasks(apart, 1)], config, lambda batch: batch, _tasks_of(work)),
+            "apart": study.tagi_training([[apart]], config, as_it_is, _tasks_of(work)),
+            "together": study.tagi_training([[with_tasks(apart, 1)]], config, as_it_is, _tasks_of(work)),
         }
         flops = {name: count(way) for name, way in ways.items()}
         times = take_turns(ways, given.runs, warm=False)
