@@ -123,15 +123,11 @@ def _group(
     seconds = dict.fromkeys(WAYS, 0.0)
     memory: dict[str, int | None] = dict.fromkeys(WAYS)
     for task in tasks:
-        runs, tokens = _ways(model, task, collators, settings)
+        runs, tokens = ways_of(model, task, collators, settings)
         counted: dict[str, int] = {}
-        for way, (prepare, answer) in runs.items():
-            prepare()
-            meter = FlopMeter()
-            with meter.counting():
-                answer()
-            counted[way] = meter.flops
-            taken, peak = _timed(answer, model.device)
+        for way, run in runs.items():
+            counted[way] = operations_of(run)
+            taken, peak = _timed(run[1], model.device)
             seconds[way] += taken
             memory[way] = max(peak, memory[way] or 0) if peak is not None else None
         per_task[task.name] = {"operations": counted, "relative": _relative(counted), "tokens": tokens}
@@ -159,12 +155,29 @@ Run = tuple[Callable[[], None], Callable[[], None]]
 """What comes before a way of answering and does not count, and the answering."""
 
 
-def _ways(
+def operations_of(run: Run) -> int:
+    """Operations of a way of answering, counted while it answers."""
+    prepare, answer = run
+    prepare()
+    meter = FlopMeter()
+    with meter.counting():
+        answer()
+    return meter.flops
+
+
+def ways_of(
     model: TagiForConditionalGeneration,
     task: Task,
     collators: tuple[Collator, Collator],
     settings: GenerationSettings,
 ) -> tuple[dict[str, Run], dict[str, float]]:
+    """Every way (:data:`WAYS`) of answering a task's examples, and mean tokens of what is read and written.
+
+    Args:
+        model: in evaluation mode (:func:`tagi_ds.evaluation.dealing.evaluating`).
+        task: with the examples that count.
+        collators, settings: of :func:`measured_cost`.
+    """
     pairs = plan_batches([(task, example) for example in task.examples], settings.batch_examples)
     beside, joined = ([collate_pairs(collator)(part).to(model.device) for part in pairs] for collator in collators)
     outputs = [int((row != -100).sum()) for batch in beside for row in batch.labels]

@@ -92,6 +92,19 @@ def test_inference(sni: Path) -> None:
     check(inference.main(argv), {f"inference_{name}" for name in names}, 2)
 
 
+def test_operations_are_summed_over_all_test_tasks(sni: Path) -> None:
+    rows = inference.main(["--size", "tiny", "--sni", str(sni), "--only", "relative_flops"])
+    check(rows, {"inference_relative_flops_def", "inference_relative_flops_def_2_pos"}, 1)
+    for figures in rows.values():
+        tasks = [told["operations"] for told in figures["per_task"].values()]
+        assert len(tasks) == 4
+        sums = {way: sum(told[way] for told in tasks) for way in inference.COUNTED_WAYS}
+        assert figures["ratio"] == round(sums["once"] / sums["concatenated"], 4)
+        assert sums["compiled"] < sums["once"]
+    long, short = (rows[f"tiny_inference_relative_flops_{form}"]["ratio"] for form in ("def_2_pos", "def"))
+    assert long < short, "the longer the instruction, the more is saved"
+
+
 def test_growth(sni: Path, tmp_path: Path) -> None:
     picture = tmp_path / "growth.png"
     argv = ["--size", "tiny", "--runs", "2", "--sni", str(sni), "--only", "instruction", "--picture", str(picture)]
