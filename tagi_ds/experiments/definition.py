@@ -7,7 +7,7 @@
     lengths: {name: [instruction, input, target]}      tokens at which answering is reckoned, the study's own first
     speed: {flops_per_s: 1.5e10, start_s: 12, stages: {evaluate: 25}}       assumed until launches were measured
     set: {...}                          fields of every launch, in a recipe's shape, ``stages`` included
-    tuning: {seeds: [...], methods: [...], grid: {optimizer.learning_rate: [...]}}
+    tuning: {part: main, seeds: [...], methods: [...], grid: {optimizer.learning_rate: [...]}}
     parts:
       main: {seeds: [...], reference: tagi, variants: {tagi: {method: tagi, set: {...}}}}
 
@@ -76,13 +76,17 @@ class Tuning:
 
     Attributes:
         seeds: over which the mean is taken.
-        methods: that are tuned, each in the stage in which it is trained.
+        methods: that are tuned, each in the stage in which it is trained: methods by themselves, or variants of `part`.
+            A variant has what was chosen for its own name, else what was chosen for its method.
         grid: dotted field -> its values.
+        part: whose variants are meant where one has a method's name; a logit teacher among them is then one with the
+            recipe's own values.
     """
 
     seeds: tuple[int, ...]
     methods: tuple[str, ...]
     grid: Mapping[str, tuple[Any, ...]]
+    part: str | None = None
 
 
 @dataclass(frozen=True)

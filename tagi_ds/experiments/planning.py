@@ -21,7 +21,7 @@ from tagi_ds.recipe import configured, read_recipe, resolve, typed_flags
 from tagi_ds.recipe_rules import check
 
 Tuned = Mapping[str, Mapping[str, Any]]
-"""Method -> the grid's fields with the chosen values."""
+"""Method, or variant -> the grid's fields with the chosen values."""
 
 
 def plan_study(study: Study, parts: Sequence[str], tuning: bool = False, tuned: Tuned | None = None) -> Plan:
@@ -57,11 +57,16 @@ class Planner:
         """Plans every point of the tuning grid for every method and seed."""
         tuning = self.study.tuning
         assert tuning is not None
+        variants = {} if tuning.part is None else self.study.parts[tuning.part].variants
         for method in tuning.methods:
+            variant = variants.get(method) or Variant(method, method, method)
             for point in points(tuning.grid):
                 for seed in tuning.seeds:
-                    variant = Variant(method, method, method)
-                    chain = Chain(self, variant, APPROACHES[method], seed, dict(point))
+                    teacher = None
+                    if variant.logit_teacher_of is not None:
+                        other = variants[variant.logit_teacher_of]
+                        teacher = Chain(self, other, APPROACHES[other.method], seed, {}).trained()
+                    chain = Chain(self, variant, APPROACHES[variant.method], seed, dict(point), logit_teacher=teacher)
                     self.plan.trials.append(Trial(method, point, seed, chain.trained().name))
 
     def add_part(self, part: Part) -> None:
@@ -89,7 +94,8 @@ class Planner:
     ) -> Cell:
         approach = APPROACHES[variant.method]
         teacher = None if logit_teacher is None else self.plan.nodes[logit_teacher]
-        chain = Chain(self, variant, approach, seed, self.tuned.get(variant.method, {}), price_of, teacher)
+        tuned = self.tuned.get(variant.name, self.tuned.get(variant.method, {}))
+        chain = Chain(self, variant, approach, seed, tuned, price_of, teacher)
         try:
             trained, evaluated = chain.trained() if approach.trained_in else None, chain.evaluated()
         except UserError as error:

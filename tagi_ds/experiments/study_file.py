@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
         lengths,
         _speed(tree.get("speed"), f"{place}: speed"),
         tree.get("set") or {},
-        _tuning(tree["tuning"], f"{place}: tuning") if tree.get("tuning") is not None else None,
+        _tuning(tree["tuning"], parts, f"{place}: tuning") if tree.get("tuning") is not None else None,
         parts,
         scale,
     )
@@ -110,10 +110,15 @@ def _variant(name: str, value: Any, place: str) -> Variant:
     return Variant(name, method, title, tuple(without), *links, tree.get("set") or {})
 
 
-def _tuning(value: Any, place: str) -> Tuning:
+def _tuning(value: Any, parts: Mapping[str, Part], place: str) -> Tuning:
     tree = _table(value, place)
-    _known(tree, ("seeds", "methods", "grid"), place, needed=("seeds", "methods", "grid"))
+    _known(tree, ("part", "seeds", "methods", "grid"), place, needed=("seeds", "methods", "grid"))
+    part = None if tree.get("part") is None else _one_of(tree["part"], parts, f"{place}.part")
     trained = [name for name, approach in APPROACHES.items() if approach.trained_in is not None]
+    if part is not None:
+        # One whose steps another's compute decides cannot be tuned before that one.
+        own = [variant for variant in parts[part].variants.values() if variant.compute_of is None]
+        trained += [variant.name for variant in own if variant.method in trained and variant.name not in trained]
     methods = _typed(tree["methods"], list, f"{place}.methods")
     for method in methods:
         _one_of(method, trained, f"{place}.methods")
@@ -123,7 +128,7 @@ def _tuning(value: Any, place: str) -> Tuning:
         if not isinstance(values, list) or not values:
             raise UserError(f"{place}.grid.{key} is not a list of values", "write [first, second]")
         grid[key] = tuple(values)
-    return Tuning(_seeds(tree["seeds"], place), tuple(methods), grid)
+    return Tuning(_seeds(tree["seeds"], place), tuple(methods), grid, part)
 
 
 def check_fields(tree: Any, place: str) -> None:
