@@ -24,7 +24,7 @@ def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Ten
 
 
 # torch's own table knows the GPU kernels of attention alone.
-_FORMULAS: dict[Any, Formula] = {
+FORMULAS: dict[Any, Formula] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
@@ -74,7 +74,7 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func not in self._formulas:
-            formula = _FORMULAS.get(func._overloadpacket)
+            formula = FORMULAS.get(func._overloadpacket)
             if formula is None:
                 # In inference mode torch hands over compositions, such as `linear`: what they consist of is counted.
                 with self:

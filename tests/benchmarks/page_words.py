@@ -77,8 +77,11 @@ SECTIONS = (
             "inference_merged_vs_bare": "merged adapter, no fusion, no concatenation, over the backbone without"
             " instruction",
             "inference_unmerged_vs_bare": "the same, adapter not merged",
-            "inference_relative_flops_def_2_pos": "operations of 100 examples a task over concatenation, Def + 2 Pos",
-            "inference_relative_flops_def": "the same, Def",
+            "inference_relative_flops_def_2_pos": "operations of 100 examples a task, the instruction read once, over"
+            " concatenation, Def + 2 Pos, test tasks whose texts fit together",
+            "inference_relative_flops_def_2_pos_all_tasks": "the same, all test tasks",
+            "inference_relative_flops_def": "the same, Def, texts that fit together",
+            "inference_relative_flops_def_all_tasks": "the same, Def, all test tasks",
             "inference_mixed_vs_one_task": "batches of several tasks over batches of one task each",
         },
         "inference_speed.png",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from tagi_ds.build import build_tagi
 from tagi_ds.config import LossConfig
 from tagi_ds.data.collate import pad_ids
 from tagi_ds.divergence import Distributions, FullDistributions, StoredDistributions
+from tagi_ds.evaluation.cost import operations_of, ways_of
+from tagi_ds.evaluation.dealing import evaluating
+from tagi_ds.evaluation.generation import GenerationSettings
 from tagi_ds.files import read_json, write_json
 from tagi_ds.objectives import TagiObjective
 from tests.benchmarks import growth, inference, train
 from tests.benchmarks.figures import Seconds, compare_work, take_turns
 from tests.benchmarks.speed_study import Study
+from tests.benchmarks.uncomputed import Uncomputed
 from tests.benchmarks.whole_logits import WholeLogits
 from tests.benchmarks.words import Words
 
@@ -94,15 +99,29 @@ def test_inference(sni: Path) -> None:
 
 def test_operations_are_summed_over_all_test_tasks(sni: Path) -> None:
     rows = inference.main(["--size", "tiny", "--sni", str(sni), "--only", "relative_flops"])
-    check(rows, {"inference_relative_flops_def", "inference_relative_flops_def_2_pos"}, 1)
-    for figures in rows.values():
-        tasks = [told["operations"] for told in figures["per_task"].values()]
-        assert len(tasks) == 4
-        sums = {way: sum(told[way] for told in tasks) for way in inference.COUNTED_WAYS}
-        assert figures["ratio"] == round(sums["once"] / sums["concatenated"], 4)
-        assert sums["compiled"] < sums["once"]
+    names = [f"inference_relative_flops_{form}" for form in ("def", "def_2_pos")]
+    check(rows, {*names, *(f"{name}_all_tasks" for name in names)}, 1)
+    for name in names:
+        of_all, whole = list(rows[f"tiny_{name}"]["per_task"].values()), rows[f"tiny_{name}"]
+        for figures, tasks in ((rows[f"tiny_{name}_all_tasks"], of_all), (whole, [t for t in of_all if not t["cut"]])):
+            sums = {way: sum(told["operations"][way] for told in tasks) for way in inference.COUNTED_WAYS}
+            assert figures["tasks"] == len(tasks)
+            assert figures["ratio"] == round(sums["once"] / sums["concatenated"], 4)
+            assert sums["compiled"] < sums["once"]
+        assert len(of_all) == 4
     long, short = (rows[f"tiny_inference_relative_flops_{form}"]["ratio"] for form in ("def_2_pos", "def"))
     assert long < short, "the longer the instruction, the more is saved"
+
+
+def test_what_is_not_computed_is_counted_all_the_same(study: Study) -> None:
+    config, model = study.config(), inference.tagi(study)
+    collators = study.collator("hypernetwork", config), study.collator("concatenated", config)
+    settings, counts = GenerationSettings(batch_examples=4), []
+    for mode in (contextlib.nullcontext(), Uncomputed()):
+        with evaluating(model), mode:
+            runs, _ = ways_of(model, study.unseen[0], collators, settings)
+            counts.append({way: operations_of(runs[way]) for way in inference.COUNTED_WAYS})
+    assert counts[0] == counts[1]
 
 
 def test_growth(sni: Path, tmp_path: Path) -> None:
