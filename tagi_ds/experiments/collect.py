@@ -67,31 +67,45 @@ def part_figures(study: Study, part: Part, plan: Plan) -> dict[str, Any]:
         "title": part.title,
         "reference": part.reference,
         "seeds": list(part.seeds),
-        "methods": {row.variant: _scores(row, reference) for row in rows},
+        "methods": {row.variant: _scores(row, reference, study.averages) for row in rows},
         "about": {row.variant: _about(study, part, row, plan) for row in rows},
         "categories": _categories(rows),
         "controls": {row.variant: found for row in rows if (found := _controls(row))},
         "curves": {row.variant: found for row in rows if (found := _curves(row, plan))},
-        "floors": _floors(rows, plan),
+        "floors": _floors(rows, plan, study.averages),
     }
 
 
-def _scores(row: Row, reference: Row | None) -> dict[str, Any]:
-    first = next(iter(row.results.values()))
+def _scores(row: Row, reference: Row | None, averages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    metrics = next(iter(row.results.values()))["metrics"]
+    groups: dict[str, tuple[str, ...]] = {group: (group,) for group in metrics}
+    groups |= {name: tuple(members) for name, members in averages.items() if set(members) <= set(metrics)}
     figures: dict[str, Any] = {}
-    for group, metrics in first["metrics"].items():
-        main, *others = metrics
-        units = {seed: units_of(results, group, main) for seed, results in row.results.items()}
+    for group, members in groups.items():
+        main, *others = [m for m in metrics[members[0]] if all(m in metrics[member] for member in members)]
+        units = {seed: _units(results, members, main) for seed, results in row.results.items()}
         figures[group] = {
             "metric": main,
             **_mean(list(units.values())),
             "seeds": {str(seed): mean_of([found]) for seed, found in units.items()},
             "tasks": len(next(iter(units.values()))),
-            "other": {m: _mean([units_of(found, group, m) for found in row.results.values()]) for m in others},
+            "other": {m: _mean([_units(found, members, m) for found in row.results.values()]) for m in others},
         }
         if reference is not None and reference.variant != row.variant:
-            figures[group]["against_reference"] = _against(row, reference, group, main)
+            figures[group]["against_reference"] = _against(row, reference, members, main)
     return figures
+
+
+def _units(results: Mapping[str, Any], groups: Sequence[str], metric: str) -> Units:
+    """Those of one group; of several, all of theirs, where each group has the same weight."""
+    if len(groups) == 1:
+        return units_of(results, groups[0], metric)
+    found: dict[str, tuple[float, float]] = {}
+    for group in groups:
+        units = units_of(results, group, metric)
+        whole = sum(weight for _, weight in units.values())
+        found |= {f"{group}/{name}": (score, weight / whole) for name, (score, weight) in units.items()}
+    return found
 
 
 def _mean(results: Sequence[Units]) -> dict[str, Any]:
@@ -99,13 +113,13 @@ def _mean(results: Sequence[Units]) -> dict[str, Any]:
     return {"mean": mean_of(results), "interval": None if math.isnan(low) else [low, high]}
 
 
-def _against(row: Row, reference: Row, group: str, metric: str) -> dict[str, Any] | None:
+def _against(row: Row, reference: Row, groups: Sequence[str], metric: str) -> dict[str, Any] | None:
     """Row minus reference over the tasks, both averaged over the seeds that both have."""
     shared = [seed for seed in row.results if seed in reference.results]
-    if not shared or metric not in reference.results[shared[0]]["metrics"].get(group, {}):
+    if not shared or any(metric not in reference.results[shared[0]]["metrics"].get(group, {}) for group in groups):
         return None
     mine, other = (
-        over_seeds([units_of(which.results[seed], group, metric) for seed in shared]) for which in (row, reference)
+        over_seeds([_units(which.results[seed], groups, metric) for seed in shared]) for which in (row, reference)
     )
     return {**paired(mine, other), "seeds": shared}
 
@@ -192,18 +206,22 @@ def validation_curve(path: Path, figure: str) -> dict[int, float]:
     return points
 
 
-def _floors(rows: Sequence[Row], plan: Plan) -> dict[str, Any]:
+def _floors(rows: Sequence[Row], plan: Plan, averages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """What repeating the bare input scores: group -> metric -> %; ranked groups have no answers to copy."""
     if not rows:
         return {}
     row = rows[0]
     seed, results = next(iter(row.results.items()))
-    floors = {}
+    floors: dict[str, dict[str, float]] = {}
     for group, metrics in results["metrics"].items():
         path = results_folder(plan, row.cells[seed]) / PREDICTIONS_FOLDER / f"{group}.jsonl"
         found = read_predictions(path) if "exact_match" in metrics else []
         if found:
             floors[group] = average(score_tasks((each.task, each.input, each.references) for each in found))
+    for name, groups in averages.items():
+        if set(groups) <= set(floors):
+            shared = [metric for metric in floors[groups[0]] if all(metric in floors[group] for group in groups)]
+            floors[name] = {metric: sum(floors[group][metric] for group in groups) / len(groups) for metric in shared}
     return floors
 
 

@@ -5,6 +5,7 @@
     benchmark_seed: 0                   writes the embedded benchmark for the study; left out: the recipe names its data
     ranks: 1                            processes of one launch
     lengths: {name: [instruction, input, target]}      tokens at which answering is reckoned, the study's own first
+    averages: {unseen: [group, group]}  groups of tasks that are also reported together, each with the same weight
     speed: {flops_per_s: 1.5e10, start_s: 12, stages: {evaluate: 25}}       assumed until launches were measured
     set: {...}                          fields of every launch, in a recipe's shape, ``stages`` included
     tuning: {part: main, seeds: [...], methods: [...], grid: {optimizer.learning_rate: [...]}}
@@ -119,6 +120,7 @@ class Study:
     tuning: Tuning | None
     parts: Mapping[str, Part]
     scale: float = 1.0
+    averages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def leaves(tree: Tree, stage: str) -> dict[str, Any]:

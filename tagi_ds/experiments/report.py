@@ -154,7 +154,8 @@ def _tests(figures: Mapping[str, Any]) -> Iterator[Block]:
 def _controls(figures: Mapping[str, Any]) -> Iterator[Block]:
     if not figures["controls"]:
         return
-    groups = _groups(figures)
+    told = {group for controls in figures["controls"].values() for scores in controls.values() for group in scores}
+    groups = [group for group in _groups(figures) if group in told]
     yield Heading("With another instruction", 3)
     yield Paragraph(
         "`random` is another task's instruction, `shuffled` the words of its own in another order: what is left of the "

@@ -37,7 +37,7 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
     place = str(path)
     _known(
         tree,
-        ("recipe", "study_dir", "benchmark_seed", "ranks", "lengths", "speed", "set", "tuning", "parts"),
+        ("recipe", "study_dir", "benchmark_seed", "ranks", "lengths", "averages", "speed", "set", "tuning", "parts"),
         place,
         needed=("recipe", "study_dir", "parts"),
     )
@@ -70,6 +70,7 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
         _tuning(tree["tuning"], parts, f"{place}: tuning") if tree.get("tuning") is not None else None,
         parts,
         scale,
+        _averages(tree.get("averages"), f"{place}: averages"),
     )
 
 
@@ -204,6 +205,16 @@ def _lengths(value: Any, place: str) -> tuple[int, int, int]:
         raise UserError(f"{place} = {value!r} is not [instruction, input, target]", "give three numbers of tokens")
     first, second, third = (_at_least(number, 1, place) for number in value)
     return first, second, third
+
+
+def _averages(value: Any, place: str) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for name, groups in _table(value, place).items():
+        named = [_typed(group, str, f"{place}.{name}") for group in _typed(groups, list, f"{place}.{name}")]
+        if len(named) < 2 or len(set(named)) < len(named):
+            raise UserError(f"{place}.{name} is {named}", "name at least two groups of tasks, each once")
+        found[_name(name, place)] = tuple(named)
+    return found
 
 
 def _speed(value: Any, place: str) -> Speed:

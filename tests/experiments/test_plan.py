@@ -50,6 +50,7 @@ def part(**variants: Any) -> dict[str, Any]:
         ({"ranks": 0}, "ranks is 0"),
         ({"ranks": True}, "ranks = True is not a whole number"),
         ({"lengths": {"own": [1, 2]}}, "lengths.own"),
+        ({"averages": {"unseen": ["unseen"]}}, "at least two groups"),
         ({"speed": {"flops_per_s": 0}}, "flops_per_s"),
         ({"set": {"modle": {}}}, r"'modle' is unknown \(did you mean model\?\)"),
         ({"set": {"model": {"rnak": 3}}}, r"'model.rnak' is unknown \(did you mean model.rank\?\)"),

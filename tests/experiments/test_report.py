@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,13 @@ def study(tmp_path: Path) -> Study:
 @pytest.fixture
 def plan(study: Study) -> Plan:
     """Every node done, with the made-up results."""
+    return made_plan(study, MADE)
+
+
+def made_plan(study: Study, made: Mapping[str, Any], groups: Sequence[str] = ("unseen",)) -> Plan:
     plan = plan_study(study, ["main"])
     for node in plan.nodes.values():
-        leave(node, MADE)
+        leave(node, made)
     for cell in plan.cells:
         folder = results_folder(plan, cell) / PREDICTIONS_FOLDER
         folder.mkdir(parents=True)
@@ -80,8 +86,25 @@ def plan(study: Study) -> Plan:
             for number, reference in enumerate(("a b", "b a", "a b", "x"))
         ]
         text = "".join(json.dumps({**line, "seconds": 0.0}) + "\n" for line in lines)
-        (folder / "unseen.jsonl").write_text(text, encoding="utf-8")
+        for group in groups:
+            (folder / f"{group}.jsonl").write_text(text, encoding="utf-8")
     return plan
+
+
+def test_groups_are_averaged_each_with_the_same_weight(tmp_path: Path) -> None:
+    study = study_of(tmp_path, averages={"all": ["unseen", "single"], "more": ["unseen", "nowhere"]})
+    made: dict[str, Any] = copy.deepcopy(MADE)
+    for seeds in made.values():
+        for seed, results in seeds.items():
+            results["metrics"]["single"] = {"exact_match": 10.0 * seed}
+            results["per_task"]["single"] = {"t0": {"exact_match": 10.0 * seed, "examples": 1}}
+    figures = part_figures(study, study.parts["main"], made_plan(study, made, ("unseen", "single")))
+    found = figures["methods"]["tagi"]["all"]
+    assert (found["tasks"], found["metric"], found["other"]) == (4, "exact_match", {})
+    assert found["seeds"] == {"0": pytest.approx(30.0), "1": pytest.approx((70 + 10) / 2)}
+    assert figures["methods"]["hint"]["all"]["against_reference"]["difference"] == pytest.approx(-15.0)
+    assert set(figures["methods"]["tagi"]) == {"unseen", "single", "all"}, "a group that is not there is no average"
+    assert figures["floors"]["all"]["exact_match"] == pytest.approx(50.0)
 
 
 def test_means_intervals_and_seeds_are_those_of_the_results(study: Study, plan: Plan) -> None:
