@@ -53,10 +53,99 @@ SECTIONS = (
             "train_vs_lora_by_flops_fusion_on": "finetuning step over peft's LoRA on the bare inputs, as a multiple of"
             " the counted operations' ratio, with fusion",
             "train_vs_lora_by_flops_fusion_off": "the same without fusion",
-            "inference_relative_flops_def_2_pos": "Two of the eight test tasks have texts that concatenation cuts at 1,024"
-    " tokens while TAGI reads instruction and input wholly, in inputs of their own; all eight together are the row below,"
-    " and `performance.json` has every task with its lengths. Where an instruction is about as long as an input (`Def`),"
-    " little can be saved, and fusion costs some of it.",
+            "train_pretrain_vs_lora": "pretraining step over seq2seq training of the same tokens with peft's LoRA",
+            "train_16x1_vs_1x16_def_2_pos": "step with 16 tasks of 1 example over 1 task of 16, Def + 2 Pos",
+            "train_16x1_vs_1x16_def": "the same, Def",
+            "train_full_logits_peak": "peak memory of a step over the same with full logits, 32 x 128 targets,"
+            " inputs cut at 128 tokens",
+            "train_full_logits_beyond_model": "the same beyond weights and optimizer",
+            "train_full_logits_seconds": "the same step's time over full logits",
+            "train_full_logits_peak_recomputed": "peak memory, activations recomputed on both sides",
+            "train_full_logits_beyond_model_recomputed": "the same beyond weights and optimizer",
+            "train_full_logits_seconds_recomputed": "the same step's time",
+        },
+        "train_speed.png",
+    ),
+    Section(
+        "Inference",
+        f"python tests/benchmarks/inference.py {_OUTPUT} --picture docs/inference_speed.png",
+        {
+            "inference_compiled_vs_concatenation": "compiled task, examples/s, Def + 2 Pos, 100 examples a task, over"
+            " concatenation",
+            "inference_compiled_vs_bare_by_flops": "compiled task with fusion over the backbone without instruction, as"
+            " a multiple of the counted operations' ratio",
+            "inference_merged_vs_bare": "merged adapter, no fusion, no concatenation, over the backbone without"
+            " instruction",
+            "inference_unmerged_vs_bare": "the same, adapter not merged",
+            "inference_relative_flops_def_2_pos": "operations of 100 examples a task, the instruction read once, over"
+            " concatenation, Def + 2 Pos, test tasks whose texts fit together",
+            "inference_relative_flops_def_2_pos_all_tasks": "the same, all test tasks",
+            "inference_relative_flops_def": "the same, Def, texts that fit together",
+            "inference_relative_flops_def_all_tasks": "the same, Def, all test tasks",
+            "inference_mixed_vs_one_task": "batches of several tasks over batches of one task each",
+        },
+        "inference_speed.png",
+    ),
+    Section(
+        "Growth",
+        f"python tests/benchmarks/growth.py {_OUTPUT} --picture docs/growth.png",
+        {
+            "growth_tasks": "tasks a batch, examples constant",
+            "growth_layers": "layers",
+            "growth_width": "width",
+            "growth_rank": "rank",
+            "growth_instruction": "tokens of an instruction",
+            "growth_start_vs_imports": "from the imports' end to the first step on a tiny model, over the imports",
+            "startup": "seconds from the launcher's first line to the end of that step",
+        },
+        "growth.png",
+    ),
+    Section(
+        "Distillation",
+        f"python tests/benchmarks/distillation.py {_OUTPUT}",
+        {
+            "store_step_ratio": "step with logit and parameter store over a step without teachers",
+            "logit_store_step_ratio": "the same with the logit store alone",
+            "store_vs_online": "teacher in the step over the stores",
+            "store_bytes_per_token": "bytes a target token in the logit store",
+            "store_reads_per_s": "examples read from it a second, 1 reader",
+            "store_reads_per_s_8_readers": "the same, 8 readers",
+            "store_kl_error": "mean error of the stored divergence, nats a token",
+            "teachers_batched": "teachers trained in groups of 8 over one by one",
+        },
+    ),
+    Section(
+        "Data",
+        f"python tests/benchmarks/data.py {_OUTPUT}",
+        {
+            "data_tasks_first_batch_s": "seconds to the first batch, 1 GiB of task files",
+            "data_tasks_anonymous_mb": "MB of memory",
+            "data_tasks_first_batch_growth": "first batch with 16 times the data",
+            "data_tasks_resume_growth": "resume with 16 times the data",
+            "data_tasks_resume_late_to_early": "resume late over early",
+            "data_tasks_tokens_per_s": "tokens a second",
+            "data_ids_encode_us": "microseconds to encode an example",
+            "data_ids_kept_us": "the same from memory",
+            "data_ids_mapped_us": "the same from a mapped file",
+            "data_index_build_s": "seconds to build the index, once",
+            "data_documents_first_batch_s": "seconds to the first batch, C4's format",
+            "data_documents_anonymous_mb": "MB of memory",
+            "data_documents_first_batch_growth": "first batch with 16 times the data",
+            "data_documents_resume_growth": "resume with 16 times the data",
+            "data_documents_resume_late_to_early": "resume late over early",
+            "data_documents_tokens_per_s": "tokens a second",
+        },
+        "data_growth.png",
+    ),
+)
+
+REMARKS: dict[str, str] = {
+    "train_finetune_vs_meta_whole": "Two of the five runs lay beside other work of the machine, which is the spread.",
+    "train_distilled_vs_naive": "Each task is a micro-batch of its own on both sides, as dealing by length has it.",
+    "inference_relative_flops_def_2_pos": "Two of the eight test tasks have texts that concatenation cuts at 1,024"
+    " tokens, while TAGI reads instruction and input wholly, each by itself; all eight together are the row below, and"
+    " `performance.json` has every task with its lengths. Where an instruction is shorter than an input (`Def`), little"
+    " can be saved, and fusion costs some of it.",
     "train_pretrain_vs_lora": "A document's first part is encoded anew in every step, without gradient, beside the"
     " generator and fusion.",
 }
