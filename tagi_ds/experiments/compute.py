@@ -92,6 +92,9 @@ def step_flops(config: RunConfig, stage: str, lengths: Lengths) -> float:
 def answering_flops(shapes: Shapes, lengths: Lengths, inputs: int = INPUTS_A_TASK) -> float:
     """Operations of answering `inputs` inputs under one instruction, which a concatenating model reads every time.
 
+    A generated adapter is merged into the weights where that is less work, as answering does
+    (:mod:`tagi_ds.model.merging`).
+
     Args:
         shapes: of the model; one without a hypernetwork concatenates.
         lengths: of the instruction, an input and an answer; the decoder's tokens cost the same one by one.
@@ -100,9 +103,14 @@ def answering_flops(shapes: Shapes, lengths: Lengths, inputs: int = INPUTS_A_TAS
     instruction, source, target = lengths
     if shapes.bottleneck == 0:
         work = Workload(inputs, 0, 0, instruction + source, target, False, "fp32")
-    else:
-        work = Workload(inputs, 1, instruction, source, target, False, "fp32")
-    return count_operations(shapes, work).total.forward
+        return count_operations(shapes, work).total.forward
+    work = Workload(inputs, 1, instruction, source, target, False, "fp32")
+    adapted = count_operations(shapes, work)
+    bare = dataclasses.replace(shapes, blocks=tuple(dataclasses.replace(block, sites=()) for block in shapes.blocks))
+    saved = sum(cost.forward for cost in adapted.blocks.values())
+    saved -= sum(cost.forward for cost in count_operations(bare, work).blocks.values())
+    merging = 2.0 * shapes.rank * sum(site.d_in * site.d_out for block in shapes.blocks for site in block.sites)
+    return adapted.total.forward - max(saved - merging, 0.0)
 
 
 def relative_inference(

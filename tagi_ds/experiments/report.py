@@ -43,7 +43,12 @@ def write_study_report(study: Study, parts: Sequence[str], tuned: Tuned, folder:
         figures = part_figures(study, study.parts[name], plan_study(study, [name], tuned=tuned))
         if figures["methods"]:
             fresh[name] = figures
-    found = {name: {**kept, **fresh}[name] for name in study.parts if name in {**kept, **fresh}}
+    figures_of = {**kept, **fresh}
+    found = {
+        name: {**figures_of[name], "remarks": list(part.remarks)}
+        for name, part in study.parts.items()
+        if name in figures_of
+    }
     if not found:
         return None
     tuning = read_json(study.folder / TUNING_FILE) if (study.folder / TUNING_FILE).is_file() else None
@@ -78,6 +83,7 @@ def part_blocks(name: str, figures: Mapping[str, Any], lengths: Sequence[str]) -
     """A part's section."""
     yield Heading(figures["title"])
     yield from _scores(figures)
+    yield from map(Paragraph, figures["remarks"])
     yield from _costs(figures, lengths)
     yield Picture(f"{name}_cost", "Score over cost", cost_against_quality(figures, lengths[0] if lengths else None))
     yield from _tests(figures)

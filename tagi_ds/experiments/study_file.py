@@ -76,7 +76,8 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
 
 def _part(name: str, value: Any, place: str) -> Part:
     tree = _table(value, place)
-    _known(tree, ("title", "seeds", "reference", "variants"), place, needed=("seeds", "reference", "variants"))
+    known = ("title", "seeds", "reference", "remarks", "variants")
+    _known(tree, known, place, needed=("seeds", "reference", "variants"))
     variants = {
         _name(key, f"{place}.variants"): _variant(key, entry, f"{place}.variants.{key}")
         for key, entry in _table(tree["variants"], f"{place}.variants").items()
@@ -90,7 +91,10 @@ def _part(name: str, value: Any, place: str) -> Part:
             _one_of(variant.logit_teacher_of, teachers, f"{place}: {variant.name}.logit_teacher_of")
     reference = _one_of(tree["reference"], variants, f"{place}.reference")
     title = _typed(tree.get("title", name), str, f"{place}.title")
-    return Part(name, title, _seeds(tree["seeds"], place), reference, variants)
+    remarks = [
+        _typed(text, str, f"{place}.remarks") for text in _typed(tree.get("remarks", []), list, f"{place}.remarks")
+    ]
+    return Part(name, title, _seeds(tree["seeds"], place), reference, variants, tuple(remarks))
 
 
 def _variant(name: str, value: Any, place: str) -> Variant:

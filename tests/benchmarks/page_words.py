@@ -140,8 +140,11 @@ SECTIONS = (
 )
 
 REMARKS: dict[str, str] = {
-    "train_finetune_vs_meta_whole": "Two of the five runs lay beside other work of the machine, which is the spread.",
-    "train_distilled_vs_naive": "Each task is a micro-batch of its own on both sides, as dealing by length has it.",
+    "train_distilled_vs_naive": "Each task is a micro-batch of its own on both sides, as dealing by length has it. The"
+    " naive form computes 2.62 times the operations: inputs are read forward and backward on both sides, and that"
+    " is most of the step; only longer instructions or teachers larger than the student would bring it to 4.",
+    "train_full_logits_peak": "What is left is what attention and feed-forward keep for the backward pass; with these"
+    " recomputed the whole logits' share is larger, and the weights and the optimizer's state the rest.",
     "inference_relative_flops_def_2_pos": "Two of the eight test tasks have texts that concatenation cuts at 1,024"
     " tokens, while TAGI reads instruction and input wholly, each by itself; all eight together are the row below, and"
     " `performance.json` has every task with its lengths. Where an instruction is shorter than an input (`Def`), little"

@@ -80,8 +80,10 @@ def distillation(study: Study, given: argparse.Namespace) -> Rows:
     work = [[chunk_of(tasks[name], EXAMPLES) for name in names] for names in chosen]
     online = dataclasses.replace(config, loss=dataclasses.replace(config.loss, logits="online"))
     ways = {"stores": _distilled(study, config, work), "naive": _distilled(study, online, work)}
-    times = take_turns(ways, given.runs, BATCHES)
+    flops = {name: count(way) for name, way in ways.items()}
+    times = take_turns(ways, given.runs, BATCHES, warm=False)
     told = {**study.lengths(work, config), "examples_per_s": rates(times, TASKS * EXAMPLES)}
+    told["flops_ratio"] = round(flops["naive"] / flops["stores"], 4)
     return {"train_distilled_vs_naive": compare(times["naive"], times["stores"], 4.0, "at_least", **told)}
 
 

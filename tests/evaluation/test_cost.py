@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from tagi_ds.data.collate import Collator, TaskChunk
 from tagi_ds.data.examples import Example, Task
 from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.evaluation import cost
-from tagi_ds.evaluation.cost import WAYS, measured_cost, spread
+from tagi_ds.evaluation.cost import WAYS, measured_cost, operations_of, spread, ways_of
+from tagi_ds.evaluation.dealing import evaluating
 from tagi_ds.evaluation.generation import GenerationSettings
+from tagi_ds.experiments.compute import answering_flops
 from tagi_ds.model import TagiForConditionalGeneration
 from tagi_ds.model.inference import Inference
+from tagi_ds.model.merging import merging_pays
+from tagi_ds.plan.shapes import shapes_of
 
 DATA = DataConfig(prompt="plain", max_source_tokens=256, max_target_tokens=16)
 SETTINGS = GenerationSettings(batch_examples=8, max_new_tokens=16)
@@ -144,3 +149,26 @@ def test_tasks_are_spread_over_the_lengths() -> None:
     assert [task.name for task in spread(tasks, 1)] == ["t2"], "the median"
     assert [task.name for task in spread(tasks, 2)] == ["t1", "t3"]
     assert [task.name for task in spread(tasks, 9)] == ["t0", "t1", "t2", "t3", "t4"]
+
+
+@pytest.mark.parametrize(("inputs", "words", "merges"), [(48, 15, True), (2, 3, False)])
+def test_what_a_study_reckons_is_about_what_is_counted(
+    tiny_tagi: TagiForConditionalGeneration,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    inputs: int,
+    words: int,
+    merges: bool,
+) -> None:
+    instances = tuple(Example(f"{at}", "lamp bell chair " * (words // 3), ("bell lamp",)) for at in range(inputs))
+    task = Task("t", "say the chair again " * 10, "c", instances)
+    data = dataclasses.replace(DATA, pad_multiple=1)
+    collators = Collator(tiny_tokenizer, data, "hypernetwork"), Collator(tiny_tokenizer, data, "concatenated")
+    with evaluating(tiny_tagi):
+        runs, tokens = ways_of(tiny_tagi, task, collators, GenerationSettings(batch_examples=inputs))
+        counted = {way: operations_of(runs[way]) for way in ("once", "concatenated")}
+    lengths = tuple(round(tokens[name]) for name in ("instruction", "input", "output"))
+    assert merging_pays(tiny_tagi.site_table, inputs * lengths[1], inputs * lengths[2]) == merges
+    own, plain = shapes_of(tiny_tagi.backbone, tiny_tagi), shapes_of(tiny_tagi.backbone, None)
+    assert answering_flops(own, lengths, inputs) == pytest.approx(counted["once"], rel=0.05)
+    joined = (0, round(tokens["concatenated"]), lengths[2])
+    assert answering_flops(plain, joined, inputs) == pytest.approx(counted["concatenated"], rel=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -182,6 +183,8 @@ def test_a_step_taken_again_counts_as_taken_last(tmp_path: Path) -> None:
 
 
 def test_the_report_holds_tables_pictures_and_figures(study: Study, plan: Plan) -> None:
+    main = dataclasses.replace(study.parts["main"], remarks=("Three tasks say little.",))
+    study = dataclasses.replace(study, parts={"main": main})
     path = write_study_report(study, ["main"], {})
     assert path is not None
     figures = json.loads((study.folder / "study.json").read_text())
@@ -192,6 +195,7 @@ def test_the_report_holds_tables_pictures_and_figures(study: Study, plan: Plan) 
     assert "floor: the input copied | - | 50.0" in markdown
     assert "-30.0" in markdown
     assert "Insert then move" in markdown
+    assert "\nThree tasks say little.\n" in markdown
     for name in ("main_cost", "main_curves"):
         assert f"study_pictures/{name}.png" in markdown
         assert (study.folder / "study_pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
