@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from tagi_ds import recipe
+from tagi_ds.build import build_meta
 from tagi_ds.convert.hugging_face import export_model
 from tagi_ds.data.examples import Batch
 from tagi_ds.data.tokenizer import load_tokenizer
+from tagi_ds.engine.distributed import quieten_libraries
 from tagi_ds.errors import UserError
 from tagi_ds.model.adapter import find_sites
 from tagi_ds.model.backbone import load_backbone
@@ -50,3 +53,12 @@ def test_only_the_sites_change_and_by_the_rank(
 def test_random_weights_are_not_taught_by_lora() -> None:
     with pytest.raises(UserError, match="a LoRA cannot teach random weights"):
         recipe.parse("meta_train", ["--model.meta_lora", "true", "--model.initial", "scratch"])
+
+
+def test_what_peft_asks_of_transformers_is_no_warning_of_a_run(tiny_folder: Path) -> None:
+    config = recipe.parse("meta_train", ["--model.meta_lora", "true", "--model.backbone", str(tiny_folder)]).config
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quieten_libraries()
+        build_meta(config, tiny_folder)
+    assert [str(each.message) for each in said] == []
