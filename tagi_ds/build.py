@@ -21,6 +21,7 @@ from tagi_ds.methods import METHODS
 from tagi_ds.model.adapter import Site, find_sites
 from tagi_ds.model.backbone import backbone_class, content_hash, empty_backbone, load_backbone, resolve_folder
 from tagi_ds.model.configuration import TagiConfig
+from tagi_ds.model.cross_bias import without_biases
 from tagi_ds.model.head import accept_reader
 from tagi_ds.model.start import Gather, whole
 from tagi_ds.model.tagi import TagiForConditionalGeneration
@@ -93,6 +94,7 @@ def build_meta(config: RunConfig, folder: Path) -> nn.Module:
     Only what trains requires gradients.
     """
     model = build_seq2seq(config, folder)
+    without_biases(model)
     if not config.model.meta_lora:
         accept_reader(model, model.get_output_embeddings())
         return model.requires_grad_(True)

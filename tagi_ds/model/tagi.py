@@ -24,6 +24,7 @@ from transformers.models.t5.modeling_t5 import T5Block
 from tagi_ds.model.adapter import STATE_KEYWORD, TaskState, find_sites, install
 from tagi_ds.model.backbone import backbone_class, parameters_to_train, without_dropout
 from tagi_ds.model.configuration import TagiConfig
+from tagi_ds.model.cross_bias import without_biases
 from tagi_ds.model.fusion import Fusion, FusionLayer, FusionMemory
 from tagi_ds.model.head import Figures, Reader, ReadingHead
 from tagi_ds.model.hypernetwork import Hypernetwork, SiteGroup
@@ -86,6 +87,8 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         layers: dict[str, nn.Module] = dict(zip(fusion.blocks, fusion.layers, strict=True)) if fusion else {}
         install(backbone, sites, config.scaling, layers, config.concatenate)
+        # Behind the hooks that put the instruction before the keys.
+        without_biases(backbone)
         self.site_table = sites
         self.generation_config = backbone.generation_config
         self.post_init()

@@ -131,7 +131,8 @@ def _cross_attention(shapes: Shapes, block: Block, work: Workload) -> int:
     kept = _norm(shapes, work, length) + 2 * e * n * (length + memory) * shapes.inner + 4 * n * length * shapes.heads
     if shapes.trains[0] or any(site.name.endswith("EncDecAttention.q") for site in block.sites):
         kept += e * n * length * shapes.d_model
-    kept += e * (n if work.padded else 0) * shapes.heads * length * memory
+    # The mask, which has no heads (tagi_ds.model.cross_bias).
+    kept += e * (n if work.padded else 0) * length * memory
     return kept + _dropout(shapes, work, n * length * shapes.d_model)
 
 
