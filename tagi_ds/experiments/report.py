@@ -98,7 +98,8 @@ def _scores(figures: Mapping[str, Any]) -> Iterator[Block]:
     groups = _groups(figures)
     yield Paragraph(
         "Percent, averaged over tasks and seeds; in brackets the 95 % interval for other seeds and other tasks "
-        "(two-way variance, Student's t). The figure is named in the head; the others are in study.json."
+        "(two-way variance, Student's t; cut at 0 and 100). The figure is named in the head; the others are in "
+        "study.json."
     )
     heads = [f"{_words(group)}: {_words(_metric(figures, group))}" for group in groups]
     rows = []
@@ -208,7 +209,7 @@ def _score(found: Mapping[str, Any]) -> str:
     if found["interval"] is None:
         return f"{found['mean']:.1f}"
     low, high = found["interval"]
-    return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{found['mean']:.1f} [{max(low, 0.0):.1f}, {min(high, 100.0):.1f}]"
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:

@@ -191,7 +191,9 @@ def test_the_report_holds_tables_pictures_and_figures(study: Study, plan: Plan) 
     assert figures["parts"]["main"]["methods"]["tagi"]["unseen"]["mean"] == pytest.approx(65.0)
     assert figures["lengths"] == {"own": [12, 5, 5], "long": [197, 44, 8]}
     markdown = (study.folder / "study.md").read_text()
-    assert "| TAGI | 2 | 65.0 " in markdown
+    low, high = figures["parts"]["main"]["methods"]["tagi"]["unseen"]["interval"]
+    assert high > 100, "which no percentage is"
+    assert f"| TAGI | 2 | 65.0 \\[{low:.1f}, 100.0\\] |" in markdown
     assert "floor: the input copied | - | 50.0" in markdown
     assert "-30.0" in markdown
     assert "Insert then move" in markdown
