@@ -16,7 +16,13 @@ from tagi_ds.evaluation.statistics import Units, paired
 from tagi_ds.experiments.compute import relative_inference, training_flops
 from tagi_ds.experiments.definition import Part, Study
 from tagi_ds.experiments.nodes import Cell, Node, Plan
-from tagi_ds.experiments.statistics import mean_of, over_seeds, seeds_and_tasks_interval
+from tagi_ds.experiments.statistics import (
+    differences,
+    mean_of,
+    over_seeds,
+    seeds_and_tasks_interval,
+    seeds_and_tasks_p_value,
+)
 from tagi_ds.files import read_json, read_json_lines
 
 CURVE = "validation/"
@@ -56,15 +62,17 @@ def part_figures(study: Study, part: Part, plan: Plan) -> dict[str, Any]:
     """What study.json holds of a part.
 
     Returns:
-        {"title", "reference", "seeds", "methods": {variant: {group: {"metric", "mean", "interval", "seeds", "tasks",
-        "against_reference", "other": {further metric: {"mean", "interval"}}}}}, "about": {variant: what
-        :func:`_about` tells}, "categories": {group: {category: {variant: mean}}}, "controls": {variant: {control:
-        {group: mean}}}, "curves": {variant: {seed: {step: value}}}, "floors": {group: {metric: copying the input}}}.
+        {"title", "lengths", "reference", "seeds", "methods": {variant: {group: {"metric", "mean", "interval", "seeds",
+        "tasks", "against_reference": what :func:`_against` tells, "other": {further metric: {"mean", "interval"}}}}},
+        "about": {variant: what :func:`_about` tells}, "categories": {group: {category: {variant: mean}}},
+        "controls": {variant: {control: {group: mean}}}, "curves": {variant: {seed: {step: value}}},
+        "floors": {group: {metric: copying the input}}}.
     """
     rows = rows_of(part, plan)
     reference = next((row for row in rows if row.variant == part.reference), None)
     return {
         "title": part.title,
+        "lengths": {name: list(at) for name, at in {**part.lengths, **study.lengths}.items()},
         "reference": part.reference,
         "seeds": list(part.seeds),
         "methods": {row.variant: _scores(row, reference, study.averages) for row in rows},
@@ -114,14 +122,27 @@ def _mean(results: Sequence[Units]) -> dict[str, Any]:
 
 
 def _against(row: Row, reference: Row, groups: Sequence[str], metric: str) -> dict[str, Any] | None:
-    """Row minus reference over the tasks, both averaged over the seeds that both have."""
+    """Row minus reference, over the seeds that both have.
+
+    Returns:
+        {"difference", "interval" and "p_value" for other seeds and other tasks, "tasks_alone": the paired test over
+        tasks of their averages over these seeds, "tasks", "seeds"}; None where they share no seed or no figure.
+    """
     shared = [seed for seed in row.results if seed in reference.results]
     if not shared or any(metric not in reference.results[shared[0]]["metrics"].get(group, {}) for group in groups):
         return None
-    mine, other = (
-        over_seeds([_units(which.results[seed], groups, metric) for seed in shared]) for which in (row, reference)
-    )
-    return {**paired(mine, other), "seeds": shared}
+    mine, other = ([_units(which.results[seed], groups, metric) for seed in shared] for which in (row, reference))
+    tasks_alone = paired(over_seeds(mine), over_seeds(other))
+    apart = differences(mine, other)
+    p_value = seeds_and_tasks_p_value(apart)
+    return {
+        "difference": tasks_alone.pop("difference"),
+        "interval": _mean(apart)["interval"],
+        "p_value": None if math.isnan(p_value) else p_value,
+        "tasks": tasks_alone.pop("tasks"),
+        "seeds": shared,
+        "tasks_alone": tasks_alone,
+    }
 
 
 def _about(study: Study, part: Part, row: Row, plan: Plan) -> dict[str, Any]:
@@ -146,7 +167,7 @@ def _about(study: Study, part: Part, row: Row, plan: Plan) -> dict[str, Any]:
         "steps": _average([node.summary()["steps"] for node in own]),
         "flops": {"own": _average([node.summary()["flops"] for node in own]), "all": _average(everything)},
         "seconds": {"own": _average([node.summary()["seconds"] for node in own]), "all": _average(seconds)},
-        "relative_inference": relative_inference(shown.config, hypernetwork, study.lengths),
+        "relative_inference": relative_inference(shown.config, hypernetwork, {**part.lengths, **study.lengths}),
         "measured_answering": {
             group: {
                 "operations": _average([found["flops"][group]["relative"]["once"] for found in measured]),

@@ -10,7 +10,7 @@
     set: {...}                          fields of every launch, in a recipe's shape, ``stages`` included
     tuning: {part: main, seeds: [...], methods: [...], grid: {optimizer.learning_rate: [...]}}
     parts:
-      main: {seeds: [...], reference: tagi, remarks: [...], variants: {tagi: {method: tagi, set: {...}}}}
+      main: {seeds: [...], reference: tagi, variants: {tagi: {method: tagi, set: {...}}}, lengths: {}, remarks: []}
 
 Later layers win wholly: the recipe's common part, its stage's entry, the study's ``set``, what makes the method, what
 tuning chose, the variant's ``set`` (of both: the common part, then the stage's entry).
@@ -62,6 +62,7 @@ class Part:
         seeds: of every variant.
         reference: the variant with which the others are compared task by task.
         variants: the rows in order, by name.
+        lengths: at which answering is reckoned in this part beside the study's, this part's own first.
         remarks: paragraphs of the report's section: what the figures say, and what they do not.
     """
 
@@ -70,6 +71,7 @@ class Part:
     seeds: tuple[int, ...]
     reference: str
     variants: Mapping[str, Variant]
+    lengths: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
 

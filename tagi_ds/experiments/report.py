@@ -52,8 +52,7 @@ def write_study_report(study: Study, parts: Sequence[str], tuned: Tuned, folder:
     if not found:
         return None
     tuning = read_json(study.folder / TUNING_FILE) if (study.folder / TUNING_FILE).is_file() else None
-    lengths = {name: list(at) for name, at in study.lengths.items()}
-    content = {"study": study.path.name, "lengths": lengths, "tuning": tuning, "parts": found}
+    content = {"study": study.path.name, "tuning": tuning, "parts": found}
     write_json(path, content)
     write_document(folder, content)
     return folder / HTML_FILE
@@ -68,7 +67,7 @@ def write_document(folder: Path, content: Mapping[str, Any]) -> None:
     title = f"Study: {content['study']}"
     blocks: list[Block] = [Heading(title, 1)]
     for name, figures in content["parts"].items():
-        blocks += part_blocks(name, figures, list(content["lengths"]))
+        blocks += part_blocks(name, figures)
     if content["tuning"] is not None:
         blocks += _tuning(content["tuning"])
     for block in blocks:
@@ -79,8 +78,9 @@ def write_document(folder: Path, content: Mapping[str, Any]) -> None:
     write_text(folder / HTML_FILE, to_html(title, blocks))
 
 
-def part_blocks(name: str, figures: Mapping[str, Any], lengths: Sequence[str]) -> Iterator[Block]:
+def part_blocks(name: str, figures: Mapping[str, Any]) -> Iterator[Block]:
     """A part's section."""
+    lengths = list(figures["lengths"])
     yield Heading(figures["title"])
     yield from _scores(figures)
     yield from map(Paragraph, figures["remarks"])
@@ -143,19 +143,21 @@ def _tests(figures: Mapping[str, Any]) -> Iterator[Block]:
         for group, found in scores.items():
             test = found.get("against_reference")
             if test is not None:
-                low, high = test["interval"]
-                figure = f"{test['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+                figure = f"{test['difference']:+.1f}{_interval(test['interval'])}"
+                values = [_p_value(test["p_value"]), _p_value(test["tasks_alone"]["p_value"])]
                 about = figures["about"][method]["title"]
-                rows.append([about, _words(group), figure, f"{test['p_value']:.4f}", str(test["tasks"])])
+                rows.append([about, _words(group), figure, *values, str(test["tasks"]), str(len(test["seeds"]))])
     if not rows:
         return
     reference = figures["about"].get(figures["reference"], {}).get("title", figures["reference"])
     yield Heading(f"Against {reference}, task by task", 3)
     yield Paragraph(
-        f"Method minus {reference}, each task's scores averaged over the seeds; interval by a bootstrap over tasks, "
-        "p-value of a paired sign-flip permutation test over tasks, two-sided, not corrected for their number."
+        f"Method minus {reference} on the same task and seed, which is also the same backbone; interval and p for "
+        "other seeds and other tasks, as above. `p, tasks` is for other tasks alone: a paired sign-flip permutation "
+        "test over tasks, each task's scores averaged over these seeds. All are two-sided and not corrected for their "
+        "number."
     )
-    yield Table(["method", "group", "difference", "p", "tasks"], rows)
+    yield Table(["method", "group", "difference", "p", "p, tasks", "tasks", "seeds"], rows)
 
 
 def _controls(figures: Mapping[str, Any]) -> Iterator[Block]:
@@ -210,6 +212,14 @@ def _score(found: Mapping[str, Any]) -> str:
         return f"{found['mean']:.1f}"
     low, high = found["interval"]
     return f"{found['mean']:.1f} [{max(low, 0.0):.1f}, {min(high, 100.0):.1f}]"
+
+
+def _interval(found: Sequence[float] | None) -> str:
+    return "" if found is None else f" [{found[0]:+.1f}, {found[1]:+.1f}]"
+
+
+def _p_value(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.4f}"
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:

@@ -36,9 +36,50 @@ def seeds_and_tasks_interval(results: Sequence[Units]) -> tuple[float, float]:
     Raises:
         ValueError: the results are not of the same tasks.
     """
+    mean, variance, freedom = _estimate(results)
+    if math.isnan(variance) or variance < _NOTHING:
+        return (math.nan, math.nan) if math.isnan(variance) else (mean, mean)
+    half = student_quantile(freedom) * math.sqrt(variance)
+    return mean - half, mean + half
+
+
+def seeds_and_tasks_p_value(results: Sequence[Units]) -> float:
+    """Two-sided p-value of a true :func:`mean_of` of 0 for other seeds and other tasks; nan for a single score.
+
+    Args:
+        results: differences of two methods, one a seed: task -> (difference, weight in the average).
+
+    Raises:
+        ValueError: the results are not of the same tasks.
+    """
+    mean, variance, freedom = _estimate(results)
+    if math.isnan(variance):
+        return math.nan
+    if variance < _NOTHING:
+        return 1.0 if mean**2 < _NOTHING else 0.0
+    return 2 * (1 - _student_below(abs(mean) / math.sqrt(variance), freedom))
+
+
+def differences(first: Sequence[Units], second: Sequence[Units]) -> list[Units]:
+    """First minus second, seed by seed and task by task.
+
+    Raises:
+        ValueError: the results are not of the same tasks.
+    """
+    found: list[Units] = []
+    for mine, other in zip(first, second, strict=True):
+        _table([mine, other])
+        found.append({name: (score - other[name][0], weight) for name, (score, weight) in mine.items()})
+    return found
+
+
+def _estimate(results: Sequence[Units]) -> tuple[float, float, float]:
+    """Grand mean, its variance for other seeds and tasks (nan: of a single score), degrees of freedom."""
     scores, weights = _table(results)
     seeds, tasks = scores.shape
     mean = float((scores @ weights).mean())
+    if seeds == tasks == 1:
+        return mean, math.nan, math.nan
     # The weighted mean of independent terms of variance v has the variance v times the sum of squared weights.
     shares = float((weights**2).sum())
     of_seeds = float((scores @ weights).var(ddof=1)) / seeds if seeds > 1 else 0.0
@@ -50,12 +91,7 @@ def seeds_and_tasks_interval(results: Sequence[Units]) -> tuple[float, float]:
     # An estimate: where the rest is all there is, it may come out above the sum.
     variance = max(of_seeds + of_tasks - rest, of_seeds, of_tasks)
     spread = of_seeds**2 / max(1, seeds - 1) + of_tasks**2 / max(1, tasks - 1)
-    if seeds == tasks == 1:
-        return math.nan, math.nan
-    if variance < _NOTHING:
-        return mean, mean
-    half = student_quantile(variance**2 / spread) * math.sqrt(variance)
-    return mean - half, mean + half
+    return mean, variance, variance**2 / spread if spread > 0 else math.nan
 
 
 def over_seeds(results: Sequence[Units]) -> Units:

@@ -48,10 +48,6 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
     benchmark_seed = tree.get("benchmark_seed")
     if benchmark_seed is not None:
         _typed(benchmark_seed, int, f"{place}: benchmark_seed")
-    lengths = {
-        _name(name, f"{place}: lengths", free=True): _lengths(value, f"{place}: lengths.{name}")
-        for name, value in _table(tree.get("lengths"), f"{place}: lengths").items()
-    }
     parts = {
         name: _part(_name(name, f"{place}: parts"), value, f"{place}: parts.{name}")
         for name, value in _table(tree["parts"], f"{place}: parts").items()
@@ -64,7 +60,7 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
         Path(study_dir or _typed(tree["study_dir"], str, f"{place}: study_dir")),
         benchmark_seed,
         _at_least(tree.get("ranks", 1), 1, f"{place}: ranks"),
-        lengths,
+        _lengths(tree.get("lengths"), f"{place}: lengths"),
         _speed(tree.get("speed"), f"{place}: speed"),
         tree.get("set") or {},
         _tuning(tree["tuning"], parts, f"{place}: tuning") if tree.get("tuning") is not None else None,
@@ -76,7 +72,7 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
 
 def _part(name: str, value: Any, place: str) -> Part:
     tree = _table(value, place)
-    known = ("title", "seeds", "reference", "remarks", "variants")
+    known = ("title", "seeds", "reference", "lengths", "remarks", "variants")
     _known(tree, known, place, needed=("seeds", "reference", "variants"))
     variants = {
         _name(key, f"{place}.variants"): _variant(key, entry, f"{place}.variants.{key}")
@@ -94,7 +90,8 @@ def _part(name: str, value: Any, place: str) -> Part:
     remarks = [
         _typed(text, str, f"{place}.remarks") for text in _typed(tree.get("remarks", []), list, f"{place}.remarks")
     ]
-    return Part(name, title, _seeds(tree["seeds"], place), reference, variants, tuple(remarks))
+    lengths = _lengths(tree.get("lengths"), f"{place}.lengths")
+    return Part(name, title, _seeds(tree["seeds"], place), reference, variants, lengths, tuple(remarks))
 
 
 def _variant(name: str, value: Any, place: str) -> Variant:
@@ -204,11 +201,15 @@ def _seeds(value: Any, place: str) -> tuple[int, ...]:
     return tuple(_at_least(seed, 0, f"{place}.seeds") for seed in seeds)
 
 
-def _lengths(value: Any, place: str) -> tuple[int, int, int]:
-    if not isinstance(value, list) or len(value) != 3:
-        raise UserError(f"{place} = {value!r} is not [instruction, input, target]", "give three numbers of tokens")
-    first, second, third = (_at_least(number, 1, place) for number in value)
-    return first, second, third
+def _lengths(value: Any, place: str) -> dict[str, tuple[int, int, int]]:
+    found = {}
+    for name, at in _table(value, place).items():
+        where = f"{place}.{_name(name, place, free=True)}"
+        if not isinstance(at, list) or len(at) != 3:
+            raise UserError(f"{where} = {at!r} is not [instruction, input, target]", "give three numbers of tokens")
+        first, second, third = (_at_least(number, 1, where) for number in at)
+        found[name] = (first, second, third)
+    return found
 
 
 def _averages(value: Any, place: str) -> dict[str, tuple[str, ...]]:

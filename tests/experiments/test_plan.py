@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ import pytest
 import yaml
 
 from tagi_ds.config import STAGES, EvaluationConfig, ModelConfig, RunConfig
+from tagi_ds.data.examples import Demonstration, Task
+from tagi_ds.data.program_plan import plan_benchmark
+from tagi_ds.data.program_tasks import task_json
+from tagi_ds.data.prompts import input_text, instruction_text
 from tagi_ds.errors import UserError
 from tagi_ds.experiments.definition import leaves
 from tagi_ds.experiments.nodes import Cell, Node, Plan
@@ -53,10 +59,8 @@ def part(**variants: Any) -> dict[str, Any]:
         ({"ranks": 0}, "ranks is 0"),
         ({"ranks": True}, "ranks = True is not a whole number"),
         ({"lengths": {"own": [1, 2]}}, "lengths.own"),
-        (
-            {"parts": {"main": {**MAIN, "remarks": "x"}}},
-            "remarks = 'x' is not a l",
-        ),
+        ({"parts": {"main": {**MAIN, "remarks": "x"}}}, "remarks = 'x' is not a l"),
+        ({"parts": {"main": {**MAIN, "lengths": {"own": [1, 0, 2]}}}}, "main.lengths.own is 0"),
         ({"averages": {"unseen": ["unseen"]}}, "at least two groups"),
         ({"speed": {"flops_per_s": 0}}, "flops_per_s"),
         ({"set": {"modle": {}}}, r"'modle' is unknown \(did you mean model\?\)"),
@@ -338,24 +342,30 @@ def test_every_shipped_study_can_be_planned(path: Path) -> None:
 
 
 def test_the_miniature_records_the_benchmarks_own_lengths() -> None:
-    """Means over the unseen test tasks, in tokens of the benchmark's tokenizer; words are tokens there."""
-    from tagi_ds.data.program_plan import plan_benchmark
-    from tagi_ds.data.program_tasks import task_json
-
+    """Means over the unseen test tasks, in tokens: words, marks and an end token."""
     study = read_study(next(path for path in STUDIES if path.stem == "study_mini"))
     groups = plan_benchmark(study.benchmark_seed or 0).groups
     tasks = [task_json(task) for group in ("unseen_arguments", "unseen_compositions") for task in groups[group]]
     assert len(groups["unseen_arguments"]) >= 40
     assert len(groups["unseen_compositions"]) >= 100
 
-    def words(texts: list[str]) -> float:
-        return sum(len(text.replace(",", " ,").split()) + 1 for text in texts) / len(texts)
+    def tokens(texts: Iterable[str]) -> int:
+        counts = [len(re.findall(r"\w+|[^\w\s]", text)) + 1 for text in texts]
+        return round(sum(counts) / len(counts))
 
     instances = [instance for task in tasks for instance in task["Instances"]]
-    own = next(iter(study.lengths.values()))
-    assert own[1] == round(words([instance["input"] for instance in instances]))
-    assert own[2] == round(words([instance["output"][0] for instance in instances]))
-    assert own[0] == round(words([task["Definition"][0] for task in tasks]))
+    inputs, outputs = [each["input"] for each in instances], [each["output"][0] for each in instances]
+    definitions = [task["Definition"][0] for task in tasks]
+    assert next(iter(study.lengths.values())) == (tokens(definitions), tokens(inputs), tokens(outputs))
+
+    part = study.parts["examples"]
+    fields = next(iter(part.variants.values())).fields["data"]
+    config = dataclasses.replace(RunConfig().data, **fields)
+    examples = [[Demonstration(each["input"], each["output"]) for each in task["Positive Examples"]] for task in tasks]
+    shown = [Task("", text, "", (), positives=tuple(some)) for text, some in zip(definitions, examples, strict=True)]
+    instructions = tokens(instruction_text(task, 0, config) for task in shown)
+    wrapped = tokens(input_text(text, config) for text in inputs)
+    assert list(part.lengths.values()) == [(instructions, wrapped, tokens(outputs))]
 
 
 def test_a_variant_learns_from_the_model_of_another(tmp_path: Path) -> None:

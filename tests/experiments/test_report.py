@@ -128,12 +128,17 @@ def test_pairs_are_tested_over_tasks(study: Study, plan: Plan) -> None:
     figures = part_figures(study, study.parts["main"], plan)
     test = figures["methods"]["hint"]["unseen"]["against_reference"]
     assert test["difference"] == pytest.approx(-30.0)
+    # Every task and seed differs by as much, so nothing is left to chance.
+    assert (test["interval"], test["p_value"]) == (pytest.approx([-30.0, -30.0]), 0.0)
     # Of three tasks alike, two of the eight sign flips are as large.
-    assert test["p_value"] == pytest.approx(2 / 8)
+    assert test["tasks_alone"]["p_value"] == pytest.approx(2 / 8)
     assert (test["tasks"], test["seeds"]) == (3, [0, 1])
     assert "against_reference" not in figures["methods"]["tagi"]["unseen"]
     level = figures["methods"]["meta_training"]["unseen"]["against_reference"]
-    assert (level["difference"], level["p_value"]) == (pytest.approx(0.0), 1.0)
+    assert (level["difference"], level["p_value"]) == (pytest.approx(0.0), pytest.approx(1.0))
+    # Differences of 0, 5 and -5 on both seeds: Student's interval over three tasks.
+    half = 4.3026527 * 5 / math.sqrt(3)
+    assert level["interval"] == pytest.approx([-half, half])
 
 
 def test_costs_are_summed_over_what_a_model_builds_on(study: Study, plan: Plan) -> None:
@@ -183,13 +188,17 @@ def test_a_step_taken_again_counts_as_taken_last(tmp_path: Path) -> None:
 
 
 def test_the_report_holds_tables_pictures_and_figures(study: Study, plan: Plan) -> None:
-    main = dataclasses.replace(study.parts["main"], remarks=("Three tasks say little.",))
+    main = dataclasses.replace(
+        study.parts["main"], lengths={"its own": (30, 5, 5)}, remarks=("Three tasks say little.",)
+    )
     study = dataclasses.replace(study, parts={"main": main})
     path = write_study_report(study, ["main"], {})
     assert path is not None
     figures = json.loads((study.folder / "study.json").read_text())
     assert figures["parts"]["main"]["methods"]["tagi"]["unseen"]["mean"] == pytest.approx(65.0)
-    assert figures["lengths"] == {"own": [12, 5, 5], "long": [197, 44, 8]}
+    lengths = {"its own": [30, 5, 5], "own": [12, 5, 5], "long": [197, 44, 8]}
+    assert figures["parts"]["main"]["lengths"] == lengths
+    assert list(figures["parts"]["main"]["about"]["tagi"]["relative_inference"]) == list(lengths), "a part's own first"
     markdown = (study.folder / "study.md").read_text()
     low, high = figures["parts"]["main"]["methods"]["tagi"]["unseen"]["interval"]
     assert high > 100, "which no percentage is"

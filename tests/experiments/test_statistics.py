@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagi_ds.evaluation.statistics import Units
-from tagi_ds.experiments.statistics import mean_of, over_seeds, seeds_and_tasks_interval, student_quantile
+from tagi_ds.experiments.statistics import (
+    differences,
+    mean_of,
+    over_seeds,
+    seeds_and_tasks_interval,
+    seeds_and_tasks_p_value,
+    student_quantile,
+)
 
 
 def units(scores: list[float], weights: list[float] | None = None) -> Units:
@@ -50,6 +57,41 @@ def test_effects_of_seeds_and_tasks_alone_add_their_variances() -> None:
 def test_scores_that_are_all_alike_have_no_width_and_a_single_one_has_none() -> None:
     assert seeds_and_tasks_interval([units([50.0, 50.0])] * 3) == (50.0, 50.0)
     assert all(map(math.isnan, seeds_and_tasks_interval([units([50.0])])))
+
+
+def test_p_values_are_those_of_the_tables_and_of_the_interval() -> None:
+    # Student's t of four degrees of freedom: 2.1318 has 5 % above it, 3.7469 1 %.
+    for quantile, expected in ((2.1318468, 0.1), (3.7469474, 0.02), (0.0, 1.0)):
+        scores = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+        shift = quantile * scores.std(ddof=1) / math.sqrt(5)
+        assert seeds_and_tasks_p_value([units(list(scores + shift))]) == pytest.approx(expected, abs=1e-6)
+        assert seeds_and_tasks_p_value([units(list(-scores - shift))]) == pytest.approx(expected, abs=1e-6)
+    assert seeds_and_tasks_p_value([units([3.0, 3.0])] * 2) == 0.0
+    assert seeds_and_tasks_p_value([units([0.0, 0.0])] * 2) == 1.0
+    assert math.isnan(seeds_and_tasks_p_value([units([3.0])]))
+
+
+def test_a_backbone_that_both_share_leaves_their_difference() -> None:
+    rng = np.random.default_rng(1)
+    shared, tasks = rng.normal(0, 20, (4, 1)), rng.normal(0, 20, (1, 6))
+    own = rng.normal(0, 1, (4, 6))
+    first, second = ([units(list(row)) for row in 50 + shared + tasks + own + gain] for gain in (0, 5))
+    apart = differences(second, first)
+    assert seeds_and_tasks_interval(apart) == pytest.approx((5.0, 5.0))
+    apart = differences(first, [units(list(row)) for row in 50 + shared + tasks])
+    expected = [{name: (value, 1.0) for name, value in zip(apart[0], row, strict=True)} for row in own]
+    assert seeds_and_tasks_interval(apart) == pytest.approx(seeds_and_tasks_interval(expected))
+    with pytest.raises(ValueError, match="same tasks"):
+        differences([units([1.0, 2.0])], [units([1.0])])
+
+
+def test_a_difference_that_is_none_is_found_in_one_of_twenty() -> None:
+    rng = np.random.default_rng(2)
+    found = 0
+    for _ in range(300):
+        scores = rng.normal(0, 3, (5, 1)) + rng.normal(0, 6, (1, 40)) + rng.normal(0, 8, (5, 40))
+        found += seeds_and_tasks_p_value([units(list(row)) for row in scores]) < 0.05
+    assert 0.015 <= found / 300 <= 0.09
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
