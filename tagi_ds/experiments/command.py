@@ -23,7 +23,7 @@ from tagi_ds.experiments.processes import LocalProcess, Start
 from tagi_ds.experiments.report import write_study_report
 from tagi_ds.experiments.runner import Outcome, Runner
 from tagi_ds.experiments.study_file import check_fields, read_study
-from tagi_ds.experiments.tuning import read_tuned, tuning_outcome, write_tuning
+from tagi_ds.experiments.tuning import chosen_values, read_tuned, tuning_outcome, tuning_rounds, write_tuning
 from tagi_ds.files import write_json
 
 TUNING = "tuning"
@@ -61,13 +61,17 @@ def _tune_and_run(study: Study, parts: list[str], work: Callable[[Plan], Outcome
     """Tuning first, where it is asked for or a part needs its outcome; then the parts, then the report."""
     tuned = read_tuned(study)
     if tuned is None or TUNING in parts:
-        plan = plan_study(study, [], tuning=True)
-        outcome = work(plan)
-        if not outcome.complete:
-            return _failures(outcome)
-        if plan.trials:
-            write_tuning(study, tuning_outcome(study, plan))
-        tuned = read_tuned(study)
+        found: dict[str, Any] = {}
+        for names in tuning_rounds(study):
+            plan = plan_study(study, [], names, chosen_values(found))
+            outcome = work(plan)
+            if not outcome.complete:
+                return _failures(outcome)
+            shown = tuning_outcome(study, plan)
+            found = {**shown, "methods": {**found.get("methods", {}), **shown["methods"]}}
+        if found:
+            write_tuning(study, found)
+        tuned = chosen_values(found)
     named = [part for part in parts if part != TUNING]
     if not named:
         return 0
@@ -111,7 +115,8 @@ def _plan(study: Study, parts: list[str], tuned: Mapping[str, Mapping[str, Any]]
     named = [part for part in parts if part != TUNING]
     if tuned is None:
         print("not tuned yet: planned with the recipe's own values in the place of the tuned ones")
-    return plan_study(study, named, tuning=TUNING in parts or tuned is None, tuned=tuned)
+    wanted = TUNING in parts or tuned is None
+    return plan_study(study, named, [name for names in tuning_rounds(study) for name in names if wanted], tuned)
 
 
 def _estimates(study: Study, plan: Plan) -> Estimates:

@@ -40,6 +40,8 @@ class Variant:
         without: stages of the method that are left out.
         compute_of: another variant of the part; `engine.steps` is then what makes both cost the same in training.
         logit_teacher_of: another variant of the part, meta-trained as a whole: its model is the logit teacher.
+        tuned_as: what it has of the tuning: another's values, by the name under which they were tuned; None: those of
+            its own name, else of its method.
         fields: laid over everything else.
     """
 
@@ -49,6 +51,7 @@ class Variant:
     without: tuple[str, ...] = ()
     compute_of: str | None = None
     logit_teacher_of: str | None = None
+    tuned_as: str | None = None
     fields: Tree = field(default_factory=dict)
 
 
@@ -82,7 +85,7 @@ class Tuning:
     Attributes:
         seeds: over which the mean is taken.
         methods: that are tuned, each in the stage in which it is trained: methods by themselves, or variants of `part`.
-            A variant has what was chosen for its own name, else what was chosen for its method.
+            One that is given another's compute is tuned after that one, with what was chosen for it.
         grid: dotted field -> its values.
         part: whose variants are meant where one has a method's name; a logit teacher among them is then one with the
             recipe's own values.

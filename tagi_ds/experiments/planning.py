@@ -24,21 +24,21 @@ Tuned = Mapping[str, Mapping[str, Any]]
 """Method, or variant -> the grid's fields with the chosen values."""
 
 
-def plan_study(study: Study, parts: Sequence[str], tuning: bool = False, tuned: Tuned | None = None) -> Plan:
+def plan_study(study: Study, parts: Sequence[str], tuning: Sequence[str] = (), tuned: Tuned | None = None) -> Plan:
     """Plans some parts of a study.
 
     Args:
         study: of a study's file.
         parts: names of those to plan, in order.
-        tuning: the grid's trials too.
+        tuning: methods whose trials of the grid are planned too.
         tuned: what tuning chose; without it every method has the recipe's own values.
 
     Raises:
         UserError: fields that are unknown or do not fit together; the text names the variant.
     """
     planner = Planner(study, tuned or {})
-    if tuning and study.tuning is not None:
-        planner.add_trials()
+    if tuning:
+        planner.add_trials(tuning)
     for name in parts:
         planner.add_part(study.parts[name])
     return planner.plan
@@ -53,63 +53,73 @@ class Planner:
         self._recipes: dict[str, dict[str, Any]] = {}
         self._parsed: dict[tuple[str, tuple[tuple[str, str], ...]], RunConfig] = {}
 
-    def add_trials(self) -> None:
-        """Plans every point of the tuning grid for every method and seed."""
+    def add_trials(self, methods: Sequence[str]) -> None:
+        """Plans every point of the tuning grid for some methods and every seed."""
         tuning = self.study.tuning
         assert tuning is not None
         variants = {} if tuning.part is None else self.study.parts[tuning.part].variants
-        for method in tuning.methods:
+        for method in methods:
             variant = variants.get(method) or Variant(method, method, method)
+            # A teacher is not waited for: it has the recipe's own values. The compute of others is that of the tuned.
+            others = {} if variant.compute_of is None else self.tuned
             for point in points(tuning.grid):
                 for seed in tuning.seeds:
-                    teacher = None
-                    if variant.logit_teacher_of is not None:
-                        other = variants[variant.logit_teacher_of]
-                        teacher = Chain(self, other, APPROACHES[other.method], seed, {}).trained()
-                    chain = Chain(self, variant, APPROACHES[variant.method], seed, dict(point), logit_teacher=teacher)
-                    self.plan.trials.append(Trial(method, point, seed, chain.trained().name))
+                    trained = self._chain(variants, variant, seed, others, dict(point)).trained()
+                    self.plan.trials.append(Trial(method, point, seed, trained.name))
 
     def add_part(self, part: Part) -> None:
         """Plans every variant and seed of a part."""
-        cells: dict[tuple[str, int], Cell] = {}
-
-        def add(variant: Variant, seed: int) -> Cell:
-            if (variant.name, seed) not in cells:
-                price: tuple[str, ...] = ()
-                if variant.compute_of is not None:
-                    price = add(part.variants[variant.compute_of], seed).training
-                teacher = None
-                if variant.logit_teacher_of is not None:
-                    teacher = add(part.variants[variant.logit_teacher_of], seed).trained
-                cells[variant.name, seed] = self._cell(part, variant, seed, price, teacher)
-            return cells[variant.name, seed]
-
         # All variants of one seed before the next seed: a study that is cut short has whole comparisons.
         for seed in part.seeds:
             for variant in part.variants.values():
-                self.plan.cells.append(add(variant, seed))
+                chain = self._chain(part.variants, variant, seed, self.tuned)
+                try:
+                    self.plan.cells.append(self._cell(part, chain))
+                except UserError as error:
+                    place = f"{self.study.path}: parts.{part.name}.variants.{variant.name}"
+                    raise UserError(f"{place}: {error.problem}", error.mend) from error
 
-    def _cell(
-        self, part: Part, variant: Variant, seed: int, price_of: tuple[str, ...], logit_teacher: str | None
-    ) -> Cell:
-        approach = APPROACHES[variant.method]
-        teacher = None if logit_teacher is None else self.plan.nodes[logit_teacher]
-        tuned = self.tuned.get(variant.name, self.tuned.get(variant.method, {}))
-        chain = Chain(self, variant, approach, seed, tuned, price_of, teacher)
-        try:
-            trained, evaluated = chain.trained() if approach.trained_in else None, chain.evaluated()
-        except UserError as error:
-            raise UserError(
-                f"{self.study.path}: parts.{part.name}.variants.{variant.name}: {error.problem}", error.mend
-            ) from error
-        start = [chain.backbone()] if trained is None else [trained]
-        training = self.plan.closure(node.name for node in start if node is not None)
+    def _chain(
+        self,
+        variants: Mapping[str, Variant],
+        variant: Variant,
+        seed: int,
+        tuned: Tuned,
+        own: Mapping[str, Any] | None = None,
+    ) -> Chain:
+        """The launches of a variant behind those of the variants that it names.
+
+        Args:
+            variants: among which these are.
+            variant, seed: which.
+            tuned: what tuning chose for each.
+            own: in the place of what it chose for this one.
+        """
+        price: tuple[str, ...] = ()
+        if variant.compute_of is not None:
+            price = self._training(self._chain(variants, variants[variant.compute_of], seed, tuned))
+        teacher = None
+        if variant.logit_teacher_of is not None:
+            teacher = self._chain(variants, variants[variant.logit_teacher_of], seed, tuned).trained()
+        if own is None:
+            own = tuned.get(variant.tuned_as or variant.name, tuned.get(variant.method, {}))
+        return Chain(self, variant, APPROACHES[variant.method], seed, own, price, teacher)
+
+    def _cell(self, part: Part, chain: Chain) -> Cell:
+        trained = chain.trained() if chain.approach.trained_in else None
+        name = None if trained is None else trained.name
+        evaluated = chain.evaluated().name
+        return Cell(part.name, chain.variant.name, chain.seed, name, evaluated, self._training(chain))
+
+    def _training(self, chain: Chain) -> tuple[str, ...]:
+        """Every node that the training took."""
+        trained = chain.trained() if chain.approach.trained_in else None
         if trained is not None and trained.config is not None and trained.config.model.initial == "scratch":
             # The backbone gave its tokenizer alone.
-            training = (trained.name,)
-        training = tuple(name for name in training if self.plan.nodes[name].stage != BENCHMARK)
-        name = trained.name if trained else None
-        return Cell(part.name, variant.name, seed, name, evaluated.name, training)
+            return (trained.name,)
+        start = chain.backbone() if trained is None else trained
+        names = self.plan.closure([] if start is None else [start.name])
+        return tuple(name for name in names if self.plan.nodes[name].stage != BENCHMARK)
 
     def node(
         self,

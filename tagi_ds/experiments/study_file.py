@@ -54,6 +54,12 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
     }
     if not parts:
         raise UserError(f"{place}: parts is empty", "name at least one part with its variants")
+    tuning = _tuning(tree["tuning"], parts, f"{place}: tuning") if tree.get("tuning") is not None else None
+    for part in parts.values():
+        for variant in part.variants.values():
+            if variant.tuned_as is not None:
+                tuned = () if tuning is None else tuning.methods
+                _one_of(variant.tuned_as, tuned, f"{place}: parts.{part.name}.variants.{variant.name}.tuned_as")
     return Study(
         path,
         recipe,
@@ -63,7 +69,7 @@ def read_study(path: Path, study_dir: str | None = None, scale: float = 1.0, rec
         _lengths(tree.get("lengths"), f"{place}: lengths"),
         _speed(tree.get("speed"), f"{place}: speed"),
         tree.get("set") or {},
-        _tuning(tree["tuning"], parts, f"{place}: tuning") if tree.get("tuning") is not None else None,
+        tuning,
         parts,
         scale,
         _averages(tree.get("averages"), f"{place}: averages"),
@@ -96,7 +102,8 @@ def _part(name: str, value: Any, place: str) -> Part:
 
 def _variant(name: str, value: Any, place: str) -> Variant:
     tree = _table(value, place)
-    _known(tree, ("method", "title", "without", "compute_of", "logit_teacher_of", "set"), place, needed=("method",))
+    known = ("method", "title", "without", "compute_of", "logit_teacher_of", "tuned_as", "set")
+    _known(tree, known, place, needed=("method",))
     method = _one_of(tree["method"], APPROACHES, f"{place}.method")
     without = _typed(tree.get("without", []), list, f"{place}.without")
     for stage in without:
@@ -108,7 +115,7 @@ def _variant(name: str, value: Any, place: str) -> Variant:
     check_fields(tree.get("set"), f"{place}.set")
     default = APPROACHES[method].title if name == method else name.replace("_", " ")
     title = _typed(tree.get("title", default), str, f"{place}.title")
-    links = tree.get("compute_of"), tree.get("logit_teacher_of")
+    links = tree.get("compute_of"), tree.get("logit_teacher_of"), tree.get("tuned_as")
     return Variant(name, method, title, tuple(without), *links, tree.get("set") or {})
 
 
@@ -118,8 +125,7 @@ def _tuning(value: Any, parts: Mapping[str, Part], place: str) -> Tuning:
     part = None if tree.get("part") is None else _one_of(tree["part"], parts, f"{place}.part")
     trained = [name for name, approach in APPROACHES.items() if approach.trained_in is not None]
     if part is not None:
-        # One whose steps another's compute decides cannot be tuned before that one.
-        own = [variant for variant in parts[part].variants.values() if variant.compute_of is None]
+        own = parts[part].variants.values()
         trained += [variant.name for variant in own if variant.method in trained and variant.name not in trained]
     methods = _typed(tree["methods"], list, f"{place}.methods")
     for method in methods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,19 @@ TUNING_FILE = "tuning.json"
 """In the study's folder."""
 
 
+def tuning_rounds(study: Study) -> list[tuple[str, ...]]:
+    """What is tuned one after the other: last what is given the compute of others, as tuned before."""
+    tuning = study.tuning
+    if tuning is None:
+        return []
+    variants = {} if tuning.part is None else study.parts[tuning.part].variants
+    late = tuple(name for name in tuning.methods if name in variants and variants[name].compute_of is not None)
+    first = tuple(name for name in tuning.methods if name not in late)
+    return [names for names in (first, late) if names]
+
+
 def tuning_outcome(study: Study, plan: Plan) -> dict[str, Any]:
-    """The grid's scores and what they choose; every trial must be done.
+    """The grid's scores of the methods with trials in `plan`, and what they choose; every trial must be done.
 
     Returns:
         {"metric": of validation, "seeds", "grid", "methods": {method: {"chosen": {field: value}, "points": [{"values":
@@ -28,7 +40,7 @@ def tuning_outcome(study: Study, plan: Plan) -> dict[str, Any]:
     assert study.tuning is not None
     methods: dict[str, Any] = {}
     metric = "loss"
-    for method in study.tuning.methods:
+    for method in dict.fromkeys(trial.method for trial in plan.trials):
         points: dict[tuple[tuple[str, Any], ...], dict[str, float]] = {}
         for trial in (trial for trial in plan.trials if trial.method == method):
             node = plan.nodes[trial.trained]
@@ -68,7 +80,7 @@ def write_tuning(study: Study, outcome: dict[str, Any]) -> None:
 
 
 def read_tuned(study: Study) -> dict[str, dict[str, Any]] | None:
-    """Method -> chosen values, of a study that was tuned; None before that, {} for a study without tuning.
+    """Method -> chosen values, of a study that was tuned; None before all are, {} for a study without tuning.
 
     Raises:
         UserError: the record is of another grid.
@@ -80,12 +92,17 @@ def read_tuned(study: Study) -> dict[str, dict[str, Any]] | None:
         return None
     outcome = read_json(path)
     grid = {key: list(values) for key, values in study.tuning.grid.items()}
-    same = (outcome.get("grid"), outcome.get("seeds")) == (grid, list(study.tuning.seeds))
-    if not same or set(outcome.get("methods", {})) != set(study.tuning.methods):
+    if (outcome.get("grid"), outcome.get("seeds")) != (grid, list(study.tuning.seeds)):
         raise UserError(
             f"{path} is the outcome of another grid", f"delete it, and tune again: --part tuning, on {study.path}"
         )
-    return {method: found["chosen"] for method, found in outcome["methods"].items()}
+    chosen = chosen_values(outcome)
+    return chosen if set(study.tuning.methods) <= set(chosen) else None
+
+
+def chosen_values(outcome: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Method -> chosen values, of what :func:`tuning_outcome` found, or of nothing."""
+    return {method: found["chosen"] for method, found in outcome.get("methods", {}).items()}
 
 
 def _is_edge(value: Any, values: tuple[Any, ...]) -> bool:

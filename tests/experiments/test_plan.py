@@ -22,6 +22,7 @@ from tagi_ds.experiments.nodes import Cell, Node, Plan
 from tagi_ds.experiments.planning import plan_study, points
 from tagi_ds.experiments.relevance import matters, relevant_fields, unknown_names
 from tagi_ds.experiments.study_file import read_study
+from tagi_ds.experiments.tuning import tuning_rounds
 from tagi_ds.methods import APPROACHES, METHODS
 from tagi_ds.recipe import field_types, parse
 from tests.experiments.studies import VARIANTS, study_of, tree_of
@@ -249,7 +250,7 @@ def test_tuning_plans_the_same_grid_for_each_and_its_outcome_is_a_layer(tmp_path
     tuning = {"seeds": [0, 1], "methods": ["hint", "meta_training"], "grid": grid}
     fixed = {"method": "hint", "set": {"optimizer": {"learning_rate": 0.5}}}
     study = study_of(tmp_path, tuning=tuning, parts=part(hint={"method": "hint"}, fixed=fixed))
-    trials = plan_study(study, [], tuning=True)
+    trials = plan_study(study, [], tuning["methods"])
     assert len(trials.trials) == 2 * 4 * 2
     assert {trial.point for trial in trials.trials if trial.method == "hint"} == set(points(grid))
     assert stages_of(trials, tuple(trials.nodes)).count("pretrain") == 2, "one a seed: only the last stage is tuned"
@@ -279,7 +280,7 @@ def test_a_part_lends_its_variants_to_the_tuning(tmp_path: Path) -> None:
     }
     tuning = {"part": "main", "seeds": [0], "methods": ["hint", "tagi", "tagi_open"], "grid": grid}
     study = study_of(tmp_path, tuning=tuning, parts=part(**variants))
-    trials = plan_study(study, [], tuning=True)
+    trials = plan_study(study, [], tuning["methods"])
     assert [trial.method for trial in trials.trials] == ["hint", "hint", "tagi", "tagi", "tagi_open", "tagi_open"]
     taught, other = (
         trials.nodes[next(t.trained for t in trials.trials if t.method == m)] for m in ("tagi", "tagi_open")
@@ -296,9 +297,34 @@ def test_a_part_lends_its_variants_to_the_tuning(tmp_path: Path) -> None:
         assert config is not None
         rates[name] = config.optimizer.learning_rate
     assert rates == {"tagi": 1e-3, "tagi_open": 2e-3, "tagi_other": 1e-3}, "one's own, else the method's"
-    for wrong, message in (({"part": "man"}, "did you mean main"), ({"methods": ["equal"]}, "'equal' is unknown")):
+    for wrong, message in (({"part": "man"}, "did you mean main"), ({"methods": ["equl"]}, "did you mean equal")):
         with pytest.raises(UserError, match=message):
             study_of(tmp_path, tuning={**tuning, **wrong}, parts=part(**variants))
+
+
+def test_what_is_given_the_compute_of_others_is_tuned_after_them(tmp_path: Path) -> None:
+    grid = {"optimizer.learning_rate": [1e-3, 2e-3]}
+    scratch = {"model": {"initial": "scratch"}}
+    variants = {
+        "open": {"method": "tagi", "set": {"stages": {"finetune": {"model": {"also_train": "all"}}}}},
+        "less": {"method": "tagi", "tuned_as": "open", "without": ["pretrain"]},
+        "equal": {"method": "meta_training", "compute_of": "open", "set": scratch},
+    }
+    tuning = {"part": "main", "seeds": [0], "methods": ["equal", "tagi", "open"], "grid": grid}
+    study = study_of(tmp_path, tuning=tuning, parts=part(**variants))
+    assert tuning_rounds(study) == [("tagi", "open"), ("equal",)]
+    chosen: dict[str, dict[str, Any]] = {"tagi": {}, "open": {"optimizer.learning_rate": 2e-3}}
+    late = plan_study(study, [], ["equal"], chosen)
+    plan = plan_study(study, ["main"], tuned={**chosen, "equal": {"optimizer.learning_rate": 1e-3}})
+    equal, less = trained(plan, "equal"), trained(plan, "less")
+    assert set(equal.price_of) == set(cell_of(plan, "open").training)
+    assert equal.name in {trial.trained for trial in late.trials}, "it was trained for the grid already"
+    assert len({late.nodes[trial.trained].price_of for trial in late.trials}) == 1
+    assert less.config is not None
+    assert less.config.optimizer.learning_rate == 2e-3
+    wrong = {**variants, "less": {**variants["less"], "tuned_as": "opn"}}
+    with pytest.raises(UserError, match=r"less.tuned_as: 'opn' is unknown \(did you mean open\?\)"):
+        study_of(tmp_path, tuning=tuning, parts=part(**wrong))
 
 
 def test_a_recipe_with_a_backbone_and_data_trains_neither(tmp_path: Path) -> None:
@@ -327,7 +353,7 @@ def test_every_shipped_study_can_be_planned(path: Path) -> None:
     else:
         assert set(tuning.methods) >= trained_methods, "all are tuned, on one grid"
     assert {variant.method for variant in study.parts["main"].variants.values()} >= trained_methods
-    plan = plan_study(study, list(study.parts), tuning=True)
+    plan = plan_study(study, list(study.parts), () if tuning is None else tuning.methods)
     assert {cell.part for cell in plan.cells} == set(study.parts)
     # Within a part all trainings of a method's last stage take equally many steps over equally large batches.
     for name in study.parts:

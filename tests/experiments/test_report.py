@@ -262,3 +262,19 @@ def test_the_command_runs_tunes_and_reports(tmp_path: Path, capsys: pytest.Captu
     failing = Launches(failing=["evaluate"])
     assert command.run([*words, "--seed", "3", "--evaluation.beams", "2"], failing) == 1
     assert "failed: evaluate-finetune-hint" in capsys.readouterr().out
+
+
+def test_the_command_tunes_what_is_given_others_compute_last(tmp_path: Path) -> None:
+    import yaml
+
+    grid = {"optimizer.learning_rate": [1e-3, 2e-3]}
+    tuning = {"part": "main", "seeds": [0], "methods": ["equal", "hint"], "grid": grid}
+    variants = {"hint": {"method": "hint"}, "equal": {"method": "meta_training", "compute_of": "hint"}}
+    path = tmp_path / "study.yaml"
+    parts = {"main": {"seeds": [0], "reference": "hint", "variants": variants}}
+    path.write_text(yaml.safe_dump(tree_of(tmp_path, tuning=tuning, parts=parts)))
+    launches = Launches(results={"hint": MADE["hint"], "whole": MADE["whole"]})
+    assert command.run(["--config", str(path)], launches) == 0
+    trained = [name.split("-")[0] for name in launches.started if name.startswith(("finetune", "meta_train"))]
+    assert trained == ["finetune", "finetune", "meta_train", "meta_train"], "the part's own are among them"
+    assert set(json.loads((tmp_path / "study" / "tuning.json").read_text())["methods"]) == {"hint", "equal"}

@@ -205,7 +205,7 @@ def test_tuning_chooses_by_the_mean_over_seeds_and_is_kept(tmp_path: Path) -> No
     tuning = {"seeds": [0, 1], "methods": ["hint"], "grid": {"optimizer.learning_rate": [1e-3, 2e-3, 4e-3]}}
     study = study_of(tmp_path, tuning=tuning)
     assert read_tuned(study) is None
-    plan = plan_study(study, [], tuning=True)
+    plan = plan_study(study, [], ["hint"])
     # 1e-3 has the best single seed, 2e-3 the best mean.
     scores = {(1e-3, 0): 0.9, (1e-3, 1): 0.1, (2e-3, 0): 0.6, (2e-3, 1): 0.7, (4e-3, 0): 0.5, (4e-3, 1): 0.5}
     best = {trial.trained: scores[trial.point[0][1], trial.seed] for trial in plan.trials}
@@ -220,6 +220,8 @@ def test_tuning_chooses_by_the_mean_over_seeds_and_is_kept(tmp_path: Path) -> No
     write_tuning(study, outcome)
     assert read_tuned(study) == {"hint": {"optimizer.learning_rate": 2e-3}}
     (tmp_path / "other").mkdir()
+    more = study_of(tmp_path / "other", tuning={**tuning, "methods": ["hint", "tagi"]}, study_dir=str(study.folder))
+    assert read_tuned(more) is None, "one more is still to be tuned"
     other = study_of(tmp_path / "other", tuning={**tuning, "seeds": [0]}, study_dir=str(study.folder))
     with pytest.raises(ValueError, match="is the outcome of another grid"):
         read_tuned(other)
