@@ -46,7 +46,7 @@ def export_merged(
         UserError: the folder cannot be written.
     """
     form = form or Form()
-    note = missing_parts(model, "merged model")
+    note = missing_parts(model, "merged model", own_backbone=True)
     adapters, scaling = compiled.state.adapters, model.config.scaling
     with whole_folder(folder) as aside:
         writer = ShardWriter(aside, form.shard_bytes, form.dtype)

@@ -49,13 +49,10 @@ def model_card(facts: CardFacts, folder: Path) -> str:
     title = "TAGI: adapters from instructions" if facts.hypernetwork else "Seq2seq model"
     lines += [f"# {title} ({facts.stage})", ""]
     if facts.hypernetwork:
-        held = (
-            "The folder holds both."
-            if facts.with_backbone
-            else "The folder holds the hypernetwork and names the backbone."
-        )
+        backbone = "the frozen backbone" if facts.config.model.also_train == "nothing" else "its backbone"
+        held = "both" if facts.with_backbone else "what was trained and names the backbone"
         lines += [
-            "A hypernetwork reads an instruction once and generates a LoRA adapter for the frozen backbone, "
+            f"A hypernetwork reads an instruction once and generates a LoRA adapter for {backbone}, "
             f"which then answers bare inputs. The folder holds {held}.",
             "",
         ]

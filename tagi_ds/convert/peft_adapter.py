@@ -56,14 +56,23 @@ def export_adapter(
     return note
 
 
-def missing_parts(model: TagiForConditionalGeneration, what: str = "PEFT adapter") -> str | None:
-    """What `what` on the plain backbone lacks of the model, in words; None where it lacks nothing."""
+def missing_parts(
+    model: TagiForConditionalGeneration, what: str = "PEFT adapter", own_backbone: bool = False
+) -> str | None:
+    """What `what` lacks of the model, in words; None where it lacks nothing.
+
+    Args:
+        model: which generated it.
+        what: its name.
+        own_backbone: whether it holds the model's own backbone, rather than lying on the plain one that the training
+            began with.
+    """
     config, parts = model.config, []
     if config.fusion:
         parts.append("instruction fusion in the encoder")
     if config.concatenate:
         parts.append("the encoded instruction before the decoder's memory (concatenation)")
-    if config.also_train != "nothing":
+    if config.also_train != "nothing" and not own_backbone:
         parts.append(f"the backbone parameters that were trained too (also_train: {config.also_train})")
     if not parts:
         return None

@@ -71,6 +71,9 @@ def test_a_hypernetwork_apart_finds_its_backbone_and_takes_no_other(
     shutil.copytree(tiny_folder, backbone)
     trained, _ = train_run("pretrain", backbone, tmp_path / "run", tiny_batch, "--model.also_train", "norms")
     folder = export_model(tmp_path / "run", None, tmp_path / "apart", APART)
+    card = (folder / "README.md").read_text()
+    assert "a LoRA adapter for its backbone, which" in card
+    assert "The folder holds what was trained and names the backbone." in card
     names = load_file(folder / "model.safetensors").keys()
     assert all(name.startswith("hypernetwork.") or "norm" in name for name in names)
     assert any(name.startswith("backbone.") for name in names)
@@ -154,6 +157,23 @@ def test_a_merged_model_says_where_it_is_a_part(
     for words in ("This merged model is not the whole model", "instruction fusion", "concatenation"):
         assert words in note
     assert note in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_merged_model_holds_what_was_trained_of_its_backbone(
+    make_tagi: MakeTagi, tiny_batch: Batch, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = make_tagi(fusion=False, concatenate=False, also_train="norms")
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if "layer_norm" in name:
+                parameter.mul_(1.25)
+    task = model.compile_task(INSTRUCTION, tiny_tokenizer)
+    assert export_merged(model, tiny_tokenizer, task, tmp_path / "merged") is None
+    assert "not the whole model" not in (tmp_path / "merged" / "README.md").read_text()
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
+    inputs = {name: getattr(tiny_batch, name) for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, model(**inputs, state=task.state).logits)
 
 
 def anonymous_bytes() -> int:

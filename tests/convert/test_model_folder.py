@@ -71,7 +71,9 @@ def test_a_finetuned_model_comes_back_bit_for_bit_in_a_fresh_process(
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     assert read_prompt(folder).prompt == "plain"
-    assert "3 of 3" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "3 of 3" in card
+    assert "a LoRA adapter for the frozen backbone, which then answers bare inputs. The folder holds both.\n" in card
     settings = json.loads((folder / "generation_config.json").read_text())
     assert settings["max_new_tokens"] == 6
     assert AutoTokenizer.from_pretrained(folder)("say")["input_ids"][-1] == 1
