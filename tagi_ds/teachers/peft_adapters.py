@@ -1,7 +1,8 @@
 """Ordinary PEFT LoRA adapters, one subfolder each, as a source of teachers.
 
 Read from ``adapter_config.json`` and ``adapter_model.safetensors``; pickled weights are refused. What an adapter may
-say beside plain LoRA (DoRA, patterns of ranks, trained biases) has no place in a store of (A, B) and is refused too.
+say beside plain LoRA (DoRA, patterns of ranks, trained biases) has no place in a store of (A, B) and is refused too,
+and so is one that belongs to other base weights: some initialisations (PiSSA and its kin) take their B·A out of them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,21 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "bias": (None, "none"),
     "lora_bias": (None, False),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (None, False),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 """Settings of a LoRA, and the values with which it is a plain one."""
+_UNCHANGED_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base weights as they are (peft 0.21)."""
+_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
+"""Beginnings of those that change them, from which peft's `save_pretrained` makes plain LoRAs."""
 
 
 class PeftFolder:
@@ -120,6 +134,7 @@ class PeftFolder:
                 raise UserError(
                     f"{path} has {setting} {config[setting]!r}: more than B·A", "leave out or retrain that adapter"
                 )
+        _require_unchanged_base(path, config.get("init_lora_weights"))
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
             raise UserError(f"{path} names no rank r and lora_alpha", "write that adapter again with peft")
@@ -183,6 +198,22 @@ def require_same_shapes(folder: Path, found: dict[str, Any], expected: dict[str,
             raise UserError(
                 f"{folder}: A and B of {site} have the shapes {shapes}; those of {whose} have {expected[site]}", mend
             )
+
+
+def _require_unchanged_base(path: Path, start: Any) -> None:
+    """Refuses adapters whose base weights were changed when they began: with the backbone's, their B·A is another's."""
+    name = start.lower() if isinstance(start, str) else start
+    if name in _UNCHANGED_BASE:
+        return
+    problem = f"{path} has init_lora_weights {start!r}: its B·A belongs to base weights that this changed"
+    if isinstance(name, str) and name.startswith(_CONVERTIBLE):
+        raise UserError(
+            problem,
+            "write it as a plain LoRA: peft's save_pretrained(FOLDER, path_initial_model_for_weight_conversion="
+            "UNTRAINED), UNTRAINED being the adapter saved before its training; the rank doubles. Or leave it out",
+        )
+    known = ", ".join(map(str, _UNCHANGED_BASE[1:]))
+    raise UserError(problem, f"leave out or retrain that adapter; {known} change nothing")
 
 
 def _require_targets(path: Path, targets: Any, sites: dict[str, Any]) -> None:

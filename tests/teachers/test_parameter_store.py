@@ -231,6 +231,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "have the shapes",
     ),
     "config": (lambda folder: (folder / CONFIG_FILE).write_text("{"), "is not JSON"),
+    "tokens": (lambda folder: alter_config(folder, alora_invocation_tokens=[3]), "alora_invocation_tokens"),
+    "singular values": (lambda folder: alter_config(folder, kasa_config={"beta": 1.0}), "kasa_config"),
+    **{
+        start: (
+            lambda folder, start=start: alter_config(folder, init_lora_weights=start),
+            f"weights '{start}': its B·A",
+        )
+        for start in ("pissa_niter_4", "OLoRA", "corda", "lora_ga", "loftq", "of next year")
+    },
 }
 
 
@@ -247,6 +256,49 @@ def test_other_adapters_are_refused(
     assert main(["import", str(folder), str(tmp_path / "store"), "--backbone", str(tiny_folder)]) == 2
     assert "mend:" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_adapters_that_began_beside_unchanged_weights_are_taken(
+    start: bool | str, adapters: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapters, tmp_path / "peft")
+    alter_config(tmp_path / "peft" / "task5_sums", init_lora_weights=start)
+    assert PeftFolder(tmp_path / "peft").names == PeftFolder(adapters).names
+
+
+def peft_logits(model: Any) -> torch.Tensor:
+    ids = torch.tensor([[4, 9, 12, 1]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([[7, 8, 1]])).logits
+
+
+def test_an_adapter_of_changed_weights_is_taken_once_peft_has_converted_it(tiny_folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    settings = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM, r=2, lora_alpha=4, target_modules=["q", "v"], init_lora_weights="pissa"
+    )
+    model = get_peft_model(load_backbone(tiny_folder), settings)
+    before, trained, plain = tmp_path / "before", tmp_path / "trained" / "t", tmp_path / "plain" / "t"
+    model.save_pretrained(str(before))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    expected = peft_logits(model)
+    model.save_pretrained(str(trained))
+    with pytest.raises(UserError, match="'pissa': its B·A") as refused:
+        PeftFolder(tmp_path / "trained")
+    assert "path_initial_model_for_weight_conversion" in refused.value.mend
+    model.save_pretrained(str(plain), path_initial_model_for_weight_conversion=str(before))
+    adapters = PeftFolder(tmp_path / "plain")
+    backbone = load_backbone(tiny_folder)
+    with torch.no_grad():
+        for site, (a, b) in adapters.factors("t").items():
+            backbone.get_submodule(site).weight += adapters.scaling * b @ a  # type: ignore[operator]
+    torch.testing.assert_close(peft_logits(backbone), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_folder_without_adapters_and_a_store_that_is_there_are_refused(
