@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tagi_ds.cluster.cluster_file import read_cluster_file
+from tagi_ds.config import STAGES
 from tagi_ds.errors import UserError
 from tests.distributed import ROOT
 
@@ -24,6 +25,13 @@ def test_the_example_holds() -> None:
     assert example.resources("train_teachers").gpus_per_node == 1
     convert = example.resources("convert")
     assert (convert.nodes, convert.gpus_per_node, convert.time) == (1, 1, "1:00:00")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_job_on_a_part_of_a_node_does_not_ask_for_all_of_its_memory(stage: str) -> None:
+    example = read_cluster_file(ROOT / "launchers" / "slurm" / "cluster.yaml")
+    asked = example.resources(stage)
+    assert (asked.memory == "0") == (asked.gpus_per_node == example.gpus_per_node), asked
 
 
 def test_exceptions_win_and_one_process_converts(tmp_path: Path) -> None:
