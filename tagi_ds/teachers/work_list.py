@@ -13,10 +13,11 @@ processes finish the item, and that must do no harm: the work must give the same
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import secrets
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -66,8 +67,10 @@ class WorkList:
         finished = is_finished or self.is_finished
         left = list(items)
         while left := [item for item in left if not finished(item)]:
+            # One look at the clock serves all claims of a round: to each it is a file made and removed on the server.
+            now = functools.cache(self._now)
             for item in left:
-                with self.hold(item) as held:
+                with self.hold(item, now) as held:
                     # Looked at again: it may have been finished between the look and the claim.
                     if not held or finished(item):
                         continue
@@ -79,10 +82,15 @@ class WorkList:
                 time.sleep(min(_LONGEST_POLL_S, self.timeout_s / _BEATS))
 
     @contextlib.contextmanager
-    def hold(self, item: str) -> Iterator[bool]:
-        """Whether this process got the item; if so it is the owner, and gives signs of life, until the block's end."""
+    def hold(self, item: str, now: Callable[[], float] | None = None) -> Iterator[bool]:
+        """Whether this process got the item; if so it is the owner, and gives signs of life, until the block's end.
+
+        Args:
+            item: its name.
+            now: the folder's clock; None: looked at where it is needed. An earlier look takes no live claim for dead.
+        """
         claims = self._claims(item)
-        if claims and self._is_alive(claims[max(claims)]):
+        if claims and self._is_alive(claims[max(claims)], now or self._now):
             yield False
             return
         generation = max(claims, default=0) + 1
@@ -127,12 +135,17 @@ class WorkList:
         return sum(map(self.is_finished, items))
 
     def sweep(self, items: Sequence[str]) -> None:
-        """Removes what belongs to none of the items, and dead claims on finished ones."""
-        kept = set(items)
-        for path in self.folder.iterdir():
-            item = path.name.removesuffix(".json") if path.suffix == ".json" else path.name.rsplit(".", 2)[0]
-            stale = path.suffix == _CLAIM and self.is_finished(item) and not self._is_alive(path)
-            if item not in kept or stale:
+        """Removes records and claims that belong to none of the items, and dead claims on finished ones.
+
+        Everything else in the folder is left alone: it may be what another process is writing at this moment.
+        """
+        kept, now = set(items), functools.cache(self._now)
+        for path in self.folder.glob("*.json"):
+            if path.stem not in kept:
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob(f"*{_CLAIM}"):
+            item = path.name.rsplit(".", 2)[0]
+            if item not in kept or (self.is_finished(item) and not self._is_alive(path, now)):
                 path.unlink(missing_ok=True)
 
     def _claims(self, item: str) -> dict[int, Path]:
@@ -144,7 +157,7 @@ class WorkList:
                 found[int(generation)] = path
         return found
 
-    def _is_alive(self, claim: Path) -> bool:
+    def _is_alive(self, claim: Path, now: Callable[[], float]) -> bool:
         try:
             touched = claim.stat().st_mtime
             owner = json.loads(claim.read_bytes())
@@ -156,12 +169,18 @@ class WorkList:
             machine, pid, started = None, 0, None
         if machine == _machine() and _started(pid) != started:
             return False
-        return self._now() - touched <= self.timeout_s
+        return now() - touched <= self.timeout_s
 
     def _now(self) -> float:
         """The time by the clock that stamps the claims, which is the file server's and not this machine's."""
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".now.") as probe:
-            return os.fstat(probe.fileno()).st_mtime
+        probe = self.folder / f".now.{secrets.token_hex(8)}"
+        handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            return os.fstat(handle).st_mtime
+        finally:
+            os.close(handle)
+            # Somebody may have tidied it away.
+            probe.unlink(missing_ok=True)
 
     def _beat(self, claim: Path, done: threading.Event) -> None:
         while not done.wait(min(_LONGEST_BEAT_S, self.timeout_s / _BEATS)):

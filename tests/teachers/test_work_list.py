@@ -216,6 +216,47 @@ def test_sweeping_keeps_what_is_in_use(work: WorkList) -> None:
         assert sorted(path.name for path in work.folder.iterdir()) == ["a.json", "b.1.claim"]
 
 
+def test_sweeping_leaves_alone_what_others_are_writing(work: WorkList) -> None:
+    work.finish("a", {})
+    others = {".now.ab12", ".writable.ab12", ".b.json.7-ab12.part", ".a.json.7-ab12.part"}
+    for name in others:
+        (work.folder / name).write_bytes(b"")
+    work.sweep(["a", "b"])
+    assert {path.name for path in work.folder.iterdir()} == {"a.json", *others}
+
+
+def test_a_probe_of_the_clock_that_is_tidied_away_is_no_error(work: WorkList, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim_of(work, "a", machine="elsewhere")
+    fstat, gone = os.fstat, []
+
+    def tidy(handle: int) -> os.stat_result:
+        for probe in work.folder.glob(".now.*"):
+            probe.unlink()
+            gone.append(probe)
+        return fstat(handle)
+
+    monkeypatch.setattr(work_list.os, "fstat", tidy)
+    with work.hold("a") as held:
+        assert not held
+    assert len(gone) == 1
+
+
+def test_a_round_looks_at_the_clock_once(work: WorkList, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = ["a", "b", "c", "d"]
+    for item in items:
+        claim_of(work, item, machine="elsewhere")
+    looks, rounds, look = [], [], work._now
+
+    def finish_one(seconds: float) -> None:
+        rounds.append(len(looks))
+        work.finish(items[len(rounds) - 1], {})
+
+    monkeypatch.setattr(work, "_now", lambda: looks.append(1) or look())
+    monkeypatch.setattr(work_list.time, "sleep", finish_one)
+    assert list(work.take(items)) == []
+    assert rounds == [1, 2, 3, 4]
+
+
 _WORKER = """
 import sys, time
 from pathlib import Path
