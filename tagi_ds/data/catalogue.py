@@ -6,28 +6,19 @@ reads (split, language, number, seed, malformed ones) is decided here, from the 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tagi_ds.config import DataConfig, RunConfig
-from tagi_ds.data import p3, sni
+from tagi_ds.data import sni
 from tagi_ds.data.examples import Task
-from tagi_ds.data.index_writer import build_index
+from tagi_ds.data.indexes import open_index, p3_source, sni_source
 from tagi_ds.data.label_noise import with_label_noise
-from tagi_ds.data.remote import is_remote, join
+from tagi_ds.data.remote import join
 from tagi_ds.data.selection import Selection, choose_rows, malformed_error
-from tagi_ds.data.task_index import RawTask, TaskIndex
-from tagi_ds.engine.distributed import is_main
+from tagi_ds.data.task_index import TaskIndex
 from tagi_ds.errors import UserError
-from tagi_ds.files import ensure_writable
 
 P3 = "p3:"
 """What a group of evaluation tasks begins with where it is a named split of P3."""
@@ -140,14 +131,14 @@ def _selection(config: DataConfig, spec: str, seed: int) -> tuple[Selection, Seq
             f"the group {spec} needs SNI, and data.sni_dir names no folder",
             "give --data.sni_dir FOLDER, or name a split of P3 as p3:mtest11",
         )
-    index = _open(config, _sni_source(config.sni_dir))
+    index = open_index(config, sni_source(config.sni_dir))
     split = f"{join(config.sni_dir, 'splits')}/{config.split}/{spec}.txt"
     names = sni.selection(index, config.split, spec)
     return Selection(config, seed, index, split, config.max_instances), names
 
 
 def _p3_selection(config: DataConfig, named: str, group: str, seed: int) -> tuple[Selection, Sequence[str]]:
-    index = _open(config, _p3_source(config, named, group, seed))
+    index = open_index(config, p3_source(config, named, group, seed))
     # The index holds this split alone, and as many examples as were wanted.
     return Selection(config, seed, index, f"{P3}{named}", None), index.names
 
@@ -191,105 +182,10 @@ def prepare_index(config: RunConfig) -> list[TaskIndex]:
         UserError: data are missing, or an index cannot be written.
     """
     data = config.data
-    sources = [_sni_source(data.sni_dir)] if data.sni_dir is not None else []
+    sources = [sni_source(data.sni_dir)] if data.sni_dir is not None else []
     if data.p3_dir is not None:
-        sources.append(_p3_source(data, data.p3_train, "train", config.seed))
+        sources.append(p3_source(data, data.p3_train, "train", config.seed))
         groups = [*evaluation_groups(config).values(), data.validation_split or ""]
         named = dict.fromkeys(spec.removeprefix(P3) for spec in groups if spec.startswith(P3))
-        sources += [_p3_source(data, name, "validation", config.seed) for name in named]
-    return [_open(data, source) for source in sources]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A collection, or the part of one that has an index of its own.
-
-    Attributes:
-        collection, address: as configured; local addresses are absolute.
-        scope: what beside the data decides the index' content.
-        listing: facts that change when the data change; `files` lists them.
-        scan: the tasks.
-    """
-
-    collection: str
-    address: str
-    scope: dict[str, Any]
-    listing: Callable[[], dict[str, Any]]
-    scan: Callable[[], Iterator[RawTask]]
-
-
-def _sni_source(address: str) -> _Source:
-    address = _absolute(address)
-    return _Source("sni", address, {}, lambda: sni.listing(address), lambda: sni.scan(address))
-
-
-def _p3_source(config: DataConfig, named: str, group: str, seed: int) -> _Source:
-    assert config.p3_dir is not None
-    address, limit = _absolute(config.p3_dir), config.p3_max_examples
-    templates = None if config.p3_templates is None else _absolute(config.p3_templates)
-    scope = {"split": named, "group": group, "max_examples": limit, "seed": seed, "templates": templates}
-    return _Source(
-        "p3",
-        address,
-        scope,
-        lambda: p3.listing(address, templates, named, group),
-        lambda: p3.scan(address, templates, named, group, limit, seed),
-    )
-
-
-def _open(config: DataConfig, source: _Source) -> TaskIndex:
-    """The source's index; on rank 0 it is built first where it is missing, damaged or out of date.
-
-    Other ranks take it as rank 0 left it: a launcher lets them in after rank 0 has prepared it.
-    """
-    identity = _hash([source.collection, source.address, source.scope])[:16]
-    folder = _index_dir(config) / f"{source.collection}-{identity}"
-    if not is_main():
-        return TaskIndex(folder)
-    listing = source.listing()
-    facts = {"collection": source.collection, "address": source.address, "scope": source.scope, "key": _hash(listing)}
-    index = _fresh(folder, facts)
-    if index is not None:
-        return index
-    with _alone(folder):
-        # Another job may have built it while this one waited.
-        index = _fresh(folder, facts)
-        if index is None:
-            build_index(folder, source.scan(), facts, len(listing["files"]))
-            index = TaskIndex(folder)
-    return index
-
-
-def _fresh(folder: Path, facts: dict[str, Any]) -> TaskIndex | None:
-    """The index in `folder` where it is whole and of these data."""
-    try:
-        index = TaskIndex(folder) if folder.is_dir() else None
-    except UserError:
-        # Written by another version or cut short; it is of our making and can be made again.
-        return None
-    return index if index is not None and index.facts == facts else None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One job at a time builds an index; the others wait, and then find it."""
-    ensure_writable(folder.parent)
-    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
-        # Without locks (some file systems) several would build the same, and the last one's stays.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _index_dir(config: DataConfig) -> Path:
-    if config.index_dir is not None:
-        return Path(config.index_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tagi_ds" / "index"
-
-
-def _absolute(address: str) -> str:
-    return address if is_remote(address) else os.path.abspath(address)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        sources += [p3_source(data, name, "validation", config.seed) for name in named]
+    return [open_index(data, source) for source in sources]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tagi_ds.config import DataConfig, RunConfig
-from tagi_ds.data import catalogue
+from tagi_ds.data import indexes
 from tagi_ds.data.catalogue import evaluation_groups, group_tasks, one_task, prepare_index, training_split
 from tagi_ds.data.mixture import fingerprint
 from tagi_ds.data.task_index import EXAMPLES, RawTask, TaskIndex
@@ -44,13 +44,13 @@ def sni(tmp_path: Path) -> Path:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders of the indexes that were built."""
     built: list[Path] = []
-    build = catalogue.build_index
+    build = indexes.build_index
 
     def record(folder: Path, raw: Iterator[RawTask], *others: object) -> None:
         built.append(folder)
         build(folder, raw, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(catalogue, "build_index", record)
+    monkeypatch.setattr(indexes, "build_index", record)
     return built
 
 
@@ -135,15 +135,15 @@ def test_other_ranks_open_what_rank_0_prepared(
     sni: Path, tmp_path: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = RunConfig(data=DataConfig(sni_dir=str(sni), index_dir=str(tmp_path / "index")))
-    monkeypatch.setattr(catalogue, "is_main", lambda: False)
+    monkeypatch.setattr(indexes, "is_main", lambda: False)
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         training_split(replace(config.data, validation_tasks=1), 0)
     assert not (tmp_path / "index").exists()
-    monkeypatch.setattr(catalogue, "is_main", distributed.is_main)
+    monkeypatch.setattr(indexes, "is_main", distributed.is_main)
     prepare_index(config)
     assert len(builds) == 1
-    monkeypatch.setattr(catalogue, "is_main", lambda: False)
-    monkeypatch.setattr(catalogue.sni, "listing", lambda address: pytest.fail("a rank listed the data again"))
+    monkeypatch.setattr(indexes, "is_main", lambda: False)
+    monkeypatch.setattr(indexes.sni, "listing", lambda address: pytest.fail("a rank listed the data again"))
     assert len(training_split(replace(config.data, validation_tasks=1), 0)[0]) == 4
 
 
