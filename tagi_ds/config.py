@@ -105,8 +105,8 @@ class DataConfig:
     """Split file with the training tasks, without `.txt`."""
     validation_split: str | None = None
     """Split file with validation tasks, or `p3:` and data sets of P3, whose validation rows are then read (T0 chose its
-    checkpoints so); at most `max_instances` a task. Without one, `validation_tasks` training tasks are held out: of P3
-    templates, whose inputs others of the same data set share."""
+    checkpoints so); at most `max_instances` a task, of P3 the same for every seed. Without one, `validation_tasks`
+    training tasks are held out: of P3 templates, whose inputs others of the same data set share."""
     validation_tasks: int = 8
     """Training tasks held out for choosing the best checkpoint where no validation split is named."""
     max_tasks: int | None = None
@@ -126,7 +126,8 @@ class DataConfig:
     p3_train: str = "t0_train"
     """Named split of P3 to train on: t0_train (36 data sets), or data sets joined by commas."""
     p3_max_examples: int = 1000
-    """P3: examples a template at the most, chosen by the seed."""
+    """P3: training examples a template at the most, the same for every seed: one index, and one prepared folder, serves
+    all seeds of a study. Rows that are validated or tested on have limits of their own."""
     weights: dict[str, float] | None = None
     """Share of each source in the batches: {sni: 0.3, p3: 0.7}. Default: by their sizes."""
     sampling: Literal["size", "uniform", "category"] = "size"
@@ -140,7 +141,7 @@ class DataConfig:
     english_only: bool = True
     """Leave out tasks whose input or output language is not English."""
     max_instances: int = 100
-    """Instances a task at the most, chosen by the seed."""
+    """SNI: training instances a task at the most, chosen by the seed; and instances of a validation split's tasks."""
     max_source_tokens: int = 1024
     """Truncation of an instruction and of an input."""
     max_target_tokens: int = 128
@@ -319,9 +320,14 @@ class EvaluationConfig:
     batch_examples: int = 64
     """Examples answered together on one rank; of tasks with answer choices, choices."""
     max_instances: int = 100
-    """Instances a task at the most: the first ones, which are those of the published evaluation."""
+    """Instances a task at the most, the same for every seed. SNI: the first ones, which are those of the published
+    evaluation. P3: drawn, the same under each template of a data set; the published evaluation counts all."""
     beams: int = 1
     """Beams; 1 is greedy."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type in which every method answers, whatever type its folder has: `auto` is bf16 on a GPU that computes in it and
+    fp32 elsewhere (without TF32), and for all jobs of a run folder what it is for the first. Each process holds a whole
+    copy: of 11B parameters 22 GB in bf16, 44 GB in fp32."""
     controls: list[Control] = field(default_factory=list)
     """Further rows for every method: `random`, the instruction of another task; `shuffled`, the words of its own in
     another order. They show what the instruction is worth."""

@@ -16,7 +16,7 @@ from tagi_ds.data.examples import Task
 from tagi_ds.data.indexes import open_index, p3_source, sni_source
 from tagi_ds.data.label_noise import with_label_noise
 from tagi_ds.data.remote import join
-from tagi_ds.data.selection import Selection, choose_rows, malformed_error
+from tagi_ds.data.selection import Rows, Selection, alike, choose_rows, drawn, every, first, malformed_error
 from tagi_ds.data.task_index import TaskIndex
 from tagi_ds.errors import UserError
 
@@ -27,9 +27,9 @@ P3 = "p3:"
 def training_split(config: DataConfig, seed: int) -> tuple[list[Task], list[Task]]:
     """The training and the validation tasks of every configured collection.
 
-    Validation tasks are those of `config.validation_split` (at most `config.max_instances` instances each), or
-    `config.validation_tasks` tasks that the seed takes out of the training tasks. They do not depend on
-    `config.max_tasks`, which limits what is left to train on, and have no part in `config.label_noise`.
+    Validation tasks are those of `config.validation_split` (at most `config.max_instances` instances each, of P3 the
+    same for every seed), or `config.validation_tasks` tasks that the seed takes out of the training tasks. They do not
+    depend on `config.max_tasks`, which limits what is left to train on, and have no part in `config.label_noise`.
 
     Raises:
         UserError: no collection is configured; data are missing or malformed; a task is in both splits; holding out
@@ -42,9 +42,7 @@ def training_split(config: DataConfig, seed: int) -> tuple[list[Task], list[Task
             "name one, or write the embedded benchmark first",
         )
     if config.validation_split is not None:
-        selection, names = _selection(config, config.validation_split, seed)
-        # Of a published collection these may be many, and they are read again and again.
-        selection.max_examples = config.max_instances
+        selection, names = _selection(config, config.validation_split, config.max_instances, seed)
         validation = selection.tasks(names)
         # A template of P3 may be in both, with its training and with its validation rows.
         trained = {(task.name, task.examples) for task in train}
@@ -87,17 +85,34 @@ def _trained_on(train: list[Task], config: DataConfig, seed: int) -> list[Task]:
 
 
 def group_tasks(config: DataConfig, spec: str, seed: int) -> list[Task]:
-    """The tasks of one group.
+    """The tasks of one group, with at most `config.max_instances` instances each.
 
     Args:
         config: names the collections.
         spec: a split file of SNI (`test_tasks`), or `p3:` and a named split of P3 (`p3:mtest11`).
-        seed: chooses the examples of tasks that have more than are wanted.
+        seed: draws the instances of SNI's tasks that have more; those of P3 are the same for every seed.
 
     Raises:
         UserError: the collection is not configured, the group unknown, or its data missing or malformed.
     """
-    selection, names = _selection(config, spec, seed)
+    selection, names = _selection(config, spec, config.max_instances, seed)
+    return selection.tasks(names)
+
+
+def evaluated_tasks(config: DataConfig, spec: str, most: int) -> list[Task]:
+    """The tasks of one group with the instances that are tested; neither seed nor limits of training bear on them.
+
+    Of SNI these are the first ones, as in the published evaluation; of P3 all rows, which is the published evaluation,
+    or as many as are wanted by a draw that depends on the data set alone.
+
+    Args:
+        config, spec: as `group_tasks`.
+        most: instances a task at the most.
+
+    Raises:
+        UserError: as `group_tasks`.
+    """
+    selection, names = _selection(config, spec, most)
     return selection.tasks(names)
 
 
@@ -115,17 +130,21 @@ def left_out(config: DataConfig, seed: int) -> int:
 def _training(config: DataConfig, seed: int) -> Iterator[tuple[Selection, Sequence[str]]]:
     """What chooses the training tasks of each configured collection, and their names."""
     if config.sni_dir is not None:
-        yield _selection(config, config.train_split, seed)
+        yield _selection(config, config.train_split, config.max_instances, seed)
     if config.p3_dir is not None:
-        yield _p3_selection(config, config.p3_train, "train", seed)
+        # The index holds as many examples as were wanted.
+        yield _p3_selection(config, config.p3_train, "train", every())
 
 
-def _selection(config: DataConfig, spec: str, seed: int) -> tuple[Selection, Sequence[str]]:
-    """What chooses the tasks of a group, and their names; errors as `group_tasks`."""
+def _selection(config: DataConfig, spec: str, most: int, seed: int | None = None) -> tuple[Selection, Sequence[str]]:
+    """What chooses the tasks of a group, and their names; errors as `group_tasks`.
+
+    At most `most` instances a task: of SNI the first ones, or by a seed drawn ones.
+    """
     if spec.startswith(P3):
         if config.p3_dir is None:
             raise UserError(f"the group {spec} needs P3, and data.p3_dir names no folder", "give --data.p3_dir FOLDER")
-        return _p3_selection(config, spec.removeprefix(P3), "validation", seed)
+        return _p3_selection(config, spec.removeprefix(P3), "validation", alike(most))
     if config.sni_dir is None:
         raise UserError(
             f"the group {spec} needs SNI, and data.sni_dir names no folder",
@@ -134,13 +153,13 @@ def _selection(config: DataConfig, spec: str, seed: int) -> tuple[Selection, Seq
     index = open_index(config, sni_source(config.sni_dir))
     split = f"{join(config.sni_dir, 'splits')}/{config.split}/{spec}.txt"
     names = sni.selection(index, config.split, spec)
-    return Selection(config, seed, index, split, config.max_instances), names
+    return Selection(config, index, split, first(most) if seed is None else drawn(most, seed)), names
 
 
-def _p3_selection(config: DataConfig, named: str, group: str, seed: int) -> tuple[Selection, Sequence[str]]:
-    index = open_index(config, p3_source(config, named, group, seed))
-    # The index holds this split alone, and as many examples as were wanted.
-    return Selection(config, seed, index, f"{P3}{named}", None), index.names
+def _p3_selection(config: DataConfig, named: str, group: str, rows: Rows) -> tuple[Selection, Sequence[str]]:
+    index = open_index(config, p3_source(config, named, group))
+    # The index holds this split alone.
+    return Selection(config, index, f"{P3}{named}", rows), index.names
 
 
 def evaluation_groups(config: RunConfig) -> dict[str, str]:
@@ -184,8 +203,8 @@ def prepare_index(config: RunConfig) -> list[TaskIndex]:
     data = config.data
     sources = [sni_source(data.sni_dir)] if data.sni_dir is not None else []
     if data.p3_dir is not None:
-        sources.append(p3_source(data, data.p3_train, "train", config.seed))
+        sources.append(p3_source(data, data.p3_train, "train"))
         groups = [*evaluation_groups(config).values(), data.validation_split or ""]
         named = dict.fromkeys(spec.removeprefix(P3) for spec in groups if spec.startswith(P3))
-        sources += [p3_source(data, name, "validation", config.seed) for name in named]
+        sources += [p3_source(data, name, "validation") for name in named]
     return [open_index(data, source) for source in sources]

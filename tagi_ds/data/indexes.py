@@ -46,18 +46,22 @@ def sni_source(address: str) -> Source:
     return Source("sni", address, {}, lambda: sni.listing(address), lambda: sni.scan(address))
 
 
-def p3_source(config: DataConfig, named: str, group: str, seed: int) -> Source:
-    """A named split of P3; `group` is the split of its rows."""
+def p3_source(config: DataConfig, named: str, group: str) -> Source:
+    """A named split of P3; `group` is the split of its rows.
+
+    The run's seed has no part in it, so that one index serves all seeds of a study. `data.p3_max_examples` bounds what
+    is trained on; rows to be tested on are all there, whatever number of them a run then counts.
+    """
     assert config.p3_dir is not None
-    address, limit = _absolute(config.p3_dir), config.p3_max_examples
+    address, limit = _absolute(config.p3_dir), config.p3_max_examples if group == "train" else None
     templates = None if config.p3_templates is None else _absolute(config.p3_templates)
-    scope = {"split": named, "group": group, "max_examples": limit, "seed": seed, "templates": templates}
+    scope = {"split": named, "group": group, "max_examples": limit, "templates": templates}
     return Source(
         "p3",
         address,
         scope,
         lambda: p3.listing(address, templates, named, group),
-        lambda: p3.scan(address, templates, named, group, limit, seed),
+        lambda: p3.scan(address, templates, named, group, limit),
     )
 
 

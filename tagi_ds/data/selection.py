@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from tagi_ds.config import DataConfig
 from tagi_ds.data import sni
 from tagi_ds.data.examples import Task
+from tagi_ds.data.p3_rows import ranks
+from tagi_ds.data.p3_splits import evaluation_name
 from tagi_ds.data.remote import PREPARE, join
 from tagi_ds.data.task_index import WHOLE_FILE, MalformedRow, TaskIndex, TaskRecord
 from tagi_ds.engine.distributed import is_main
@@ -21,6 +25,41 @@ LOGGED_ROWS = 20
 """Malformed rows and files of a split that are named; all are counted."""
 _MEND = f"mend the file or fetch it again ({PREPARE}), or leave out what is malformed: --data.malformed skip"
 
+Rows = Callable[[TaskIndex, TaskRecord], Sequence[int]]
+"""Which of a task's rows are read, ascending."""
+
+
+def every() -> Rows:
+    """All rows."""
+    return lambda _, record: range(record.examples)
+
+
+def first(most: int) -> Rows:
+    """The first `most` rows."""
+    return lambda _, record: range(min(most, record.examples))
+
+
+def drawn(most: int, seed: int) -> Rows:
+    """At most `most` rows, drawn by seed and task."""
+    return lambda _, record: choose_rows(record.examples, most, seed, record.name)
+
+
+def alike(most: int) -> Rows:
+    """P3: at most `most` rows, drawn by the data set alone: the same instances under each of its templates.
+
+    A data set's rows may be sorted, so that the first ones would be of one kind. Instances are told by their number
+    among the published rows, with which their ids end; so one that is malformed under a template shifts no other.
+    """
+
+    def rows(index: TaskIndex, record: TaskRecord) -> Sequence[int]:
+        if record.examples <= most:
+            return range(record.examples)
+        numbers = np.array([int(identity.rpartition("/")[2]) for identity in index.ids(record.name)])
+        lots = ranks(0, int(numbers.max()) + 1, 0, evaluation_name(record.name, record.source))[numbers]
+        return np.sort(np.argpartition(lots, most)[:most]).tolist()  # type: ignore[no-any-return]
+
+    return rows
+
 
 @dataclass
 class Selection:
@@ -28,17 +67,15 @@ class Selection:
 
     Attributes:
         config: language and policy.
-        seed: of the choice of rows.
         index: of the collection.
         split: what names the tasks, for messages.
-        max_examples: examples a task at the most; None: all.
+        rows: which of a task's rows are read.
     """
 
     config: DataConfig
-    seed: int
     index: TaskIndex
     split: str
-    max_examples: int | None
+    rows: Rows
     _rows_left_out: int = 0
     _files_left_out: int = 0
     _named: list[MalformedRow] = field(default_factory=list)
@@ -64,8 +101,7 @@ class Selection:
                 continue
             if record.malformed and not self._tolerates(record):
                 continue
-            limit = record.examples if self.max_examples is None else self.max_examples
-            chosen.append(self.index.task(name, choose_rows(record.examples, limit, self.seed, name)))
+            chosen.append(self.index.task(name, self.rows(self.index, record)))
         if not chosen and foreign:
             raise UserError(
                 f"no task of split {Path(self.split).stem} in {self.index.facts['address']} is English",

@@ -224,6 +224,15 @@ class TaskIndex:
             collection=record.collection,
         )
 
+    def ids(self, name: str) -> list[str]:
+        """The ids of a task's examples, in their order; their texts are not read.
+
+        Raises:
+            KeyError: there is no such task.
+        """
+        batches = self._records[name].batches
+        return [identity for number, _ in batches for identity in self.batch(number).column("id").to_pylist()]
+
     def batch(self, number: int) -> pa.RecordBatch:
         """The record batch of one part of a task, in the map."""
         return self._batch(number)

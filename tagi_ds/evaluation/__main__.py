@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tagi_ds.config import DataConfig
-from tagi_ds.data.catalogue import group_tasks
+from tagi_ds.data.catalogue import evaluated_tasks
 from tagi_ds.errors import UserError
 from tagi_ds.evaluation.comparison import compare, comparison_table, intervals_of
 from tagi_ds.evaluation.leaderboard import match, read_leaderboard
 from tagi_ds.evaluation.metrics import METRICS, scored_tokens
-from tagi_ds.evaluation.results import ALL_INSTANCES, add_answered, first_examples, require_examples
+from tagi_ds.evaluation.results import add_answered, require_examples
 from tagi_ds.files import read_json, write_json
 
 
@@ -53,11 +53,10 @@ def score(options: argparse.Namespace) -> tuple[dict[str, Any], Table]:
     data = DataConfig(
         sni_dir=options.sni_dir,
         split=options.split_folder,
-        max_instances=ALL_INSTANCES,
         english_only=options.english_only,
         index_dir=options.index_dir,
     )
-    tasks = first_examples(group_tasks(data, options.split, 0), options.instances)
+    tasks = evaluated_tasks(data, options.split, options.instances)
     require_examples(options.split, tasks)
     predictions = match(path, answers, tasks, options.missing, options.unknown)
     results: dict[str, Any] = {"method": path.stem, "split": options.split_folder}

@@ -57,8 +57,6 @@ RESULTS_FILE = "results.json"
 """In a method's evaluation folder, and in the study's."""
 PREDICTIONS_FOLDER = "predictions"
 """In a method's evaluation folder."""
-ALL_INSTANCES = 2**62
-"""`data.max_instances` under which test tasks are read whole: their first instances count, not drawn ones."""
 
 
 def evaluate(

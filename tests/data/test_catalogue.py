@@ -16,6 +16,7 @@ from tagi_ds.data.mixture import fingerprint
 from tagi_ds.data.task_index import EXAMPLES, RawTask, TaskIndex
 from tagi_ds.engine import distributed
 from tagi_ds.errors import UserError
+from tagi_ds.stages.evaluate import evaluation_tasks
 from tests.data.test_sni import GOOD, write
 from tests.distributed import run_ranks
 
@@ -217,8 +218,51 @@ def test_sni_and_p3_together(sni: Path, p3: Path, tmp_path: Path) -> None:
     assert [len(task.examples) for task in validation] == [1]
     with pytest.raises(UserError, match="t0 is in both"):
         training_split(replace(data, validation_split="train_tasks"), 0)
-    other_seed = {e.id for e in training_split(replace(data, validation_tasks=0), 5)[0][-1].examples}
-    assert len(other_seed) == 4
+
+
+def _reviews(folder: Path, template: str, rows: int, unlike: int | None = None) -> None:
+    """Rows of a template to be tested on; one of them may be unlike its wording."""
+    lines = [
+        {
+            "inputs_pretokenized": "?" if n == unlike else f"Review: number {n}. Is it positive or negative?",
+            "targets_pretokenized": "positive",
+            "answer_choices": ["negative", "positive"],
+        }
+        for n in range(rows)
+    ]
+    (folder / f"imdb_{template}").mkdir(exist_ok=True)
+    (folder / f"imdb_{template}/validation.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def test_rows_of_p3_are_tested_whatever_seed_and_training_cap(p3: Path, tmp_path: Path, builds: list[Path]) -> None:
+    second = TEMPLATE.split("templates:\n")[1].replace("1111-1111", "2222-2222").replace("Is it\n", "Was it\n")
+    (p3 / "templates/imdb/templates.yaml").write_text(TEMPLATE + second)
+    _reviews(p3, "Is_it", 60)
+    _reviews(p3, "Was_it", 60, unlike=0)
+    data = DataConfig(p3_dir=str(p3), p3_train="imdb", p3_max_examples=4, malformed="skip")
+    config = RunConfig(data=replace(data, index_dir=str(tmp_path / "index"), max_instances=5))
+    config.evaluation.groups = {"reviews": "p3:imdb"}
+
+    def tested(most: int, **data: object) -> list[list[str]]:
+        config.evaluation.max_instances = most
+        run = replace(config, data=replace(config.data, **data))  # type: ignore[arg-type]
+        return [[e.id.split("/")[-1] for e in task.examples] for task in evaluation_tasks(run)["reviews"]]
+
+    assert [len(rows) for rows in tested(100)] == [60, 59], "the cap on training examples has no say"
+    some = tested(30)
+    assert [len(rows) for rows in some] == [30, 30]
+    assert len(set(some[0]) ^ set(some[1])) <= 2, "both templates have the same reviews, but for what cannot be read"
+    assert some[0] != [str(n) for n in range(30)], "drawn: the first ones may be of one kind"
+    assert [set(less) < set(more) for less, more in zip(tested(10), some, strict=True)] == [True, True]
+    assert tested(30, max_instances=1, p3_max_examples=2) == some
+    read = len(builds)
+    for seed in range(3):
+        config.seed = seed
+        prepare_index(config)
+        assert tested(30) == some
+        train, validation = training_split(replace(config.data, validation_split="p3:imdb"), seed)
+        assert [len(task.examples) for task in [*train, *validation]] == [4, 5, 5]
+    assert len(builds) == read + 1, "P3 is read once for all seeds: to be tested on before, and now to be trained on"
 
 
 def test_a_run_prepares_every_index_that_it_reads(sni: Path, p3: Path, tmp_path: Path, builds: list[Path]) -> None:
@@ -242,6 +286,7 @@ _FIRST = """
 import os, sys, time
 from tagi_ds.engine.distributed import barrier, leave, main_first, start
 from tagi_ds.errors import UserError
+from tagi_ds.stages.evaluate import evaluation_tasks
 ranks = start(20)
 def work():
     assert ranks.is_main
