@@ -1,7 +1,7 @@
 """Several teachers' factors over one frozen backbone.
 
-A batch mixes examples of all teachers, and each example meets its own teacher's factors through the same adapter hooks
-as the generated ones, so that the backbone's forward is shared.
+A batch mixes examples of all teachers, and each run of a teacher's examples meets its factors through the same adapter
+hooks as the generated ones, so that the backbone's forward is shared.
 """
 
 from __future__ import annotations
@@ -65,9 +65,21 @@ class TeacherBank(nn.Module):
             raise ValueError("the backbone answers to teachers of other sites or another scaling; load it anew")
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, index: Tensor, read: Reader | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        index: Tensor | None,
+        read: Reader | None = None,
     ) -> Any:
-        """Logits (N, T, V) of inputs (N, L) whose teachers are `index` (N,); with a reader its figures instead."""
+        """Logits (N, T, V) of inputs (N, L); with a reader its figures instead.
+
+        Args:
+            input_ids, attention_mask: (N, L).
+            labels: (N, T).
+            index: (R,), the teacher of each of R runs of N / R examples; None: all teachers in order, a run each.
+            read: the reader.
+        """
         (backbone,) = self._backbone
         found = backbone(
             input_ids=input_ids,
@@ -79,12 +91,12 @@ class TeacherBank(nn.Module):
         return found.logits if read is None else found
 
     @torch.no_grad()
-    def answer(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor, longest: int) -> Tensor:
+    def answer(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor | None, longest: int) -> Tensor:
         """Greedy answers (N, at most `longest`) of token ids, padded with 0 behind their end.
 
         Args:
             input_ids, attention_mask: (N, L).
-            index: (N,), each input's teacher.
+            index: (R,), the teacher of each of R runs of N / R inputs; None: all teachers in order, a run each.
             longest: tokens of an answer at the most.
         """
         (backbone,) = self._backbone

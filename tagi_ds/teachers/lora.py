@@ -144,8 +144,7 @@ def _train(
         _set_rate(optimizer, config, step)
         rows = [(i, *pair) for i in (c.teacher for c in active) for pair in draw(units[i], config.examples, step, seed)]
         with meter.counting() if step == 0 else contextlib.nullcontext():
-            sums = scorer.sums(rows)
-            (sums.nll / sums.tokens.clamp(min=1)).sum().backward()
+            scorer.backward(rows)
         _clip_each(trained)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -15,6 +15,7 @@ from tagi_ds.evaluation.metrics import rouge_l
 from tagi_ds.losses import IGNORE
 from tagi_ds.model.head import Figures
 from tagi_ds.reading import TargetReader
+from tagi_ds.runs import runs_of
 from tagi_ds.teachers.bank import TeacherBank
 from tagi_ds.teachers.units import Unit
 
@@ -41,6 +42,20 @@ class Sums(NamedTuple):
     targets: Tensor
 
 
+class _Asked(NamedTuple):
+    """A batch of N examples, and whose they are.
+
+    Attributes:
+        batch: on the bank's device.
+        index: (N,) int64, each example's teacher.
+        runs: (R,) int64, each run's teacher; None: all T of them in order (:class:`tagi_ds.model.adapter.TaskState`).
+    """
+
+    batch: Batch
+    index: Tensor
+    runs: Tensor | None
+
+
 class Scorer:
     """Measures the teachers of a bank.
 
@@ -55,11 +70,16 @@ class Scorer:
     def __init__(self, bank: TeacherBank, units: Sequence[Unit], collator: Collator, batch: int, seed: int) -> None:
         self.bank, self.units, self.collator, self.batch, self.seed = bank, units, collator, batch, seed
 
-    def sums(self, rows: Sequence[Row]) -> Sums:
-        """Each teacher's sums over its own rows, with gradients."""
-        batch, index = self._collate(rows)
+    def backward(self, rows: Sequence[Row]) -> None:
+        """Adds the gradient of every teacher's loss, its mean over its own rows' target tokens."""
+        sums = self._sums(self._collate(rows))
+        (sums.nll / sums.tokens.clamp(min=1)).sum().backward()
+
+    def _sums(self, asked: _Asked) -> Sums:
+        """Each teacher's sums over its own examples, with gradients."""
+        batch, index, runs = asked
         reader = TargetReader(batch.labels)
-        figures: Figures = self.bank(batch.input_ids, batch.attention_mask, batch.labels, index, reader)
+        figures: Figures = self.bank(batch.input_ids, batch.attention_mask, batch.labels, runs, reader)
         nll = figures.label.sum(1)
         real = batch.labels != IGNORE
         # Under teacher forcing a target is predicted whole just where greedy decoding would write it.
@@ -74,7 +94,7 @@ class Scorer:
         if not teachers:
             return []
         places = [(i, place) for i in teachers for place in range(len(self.units[i].validation))]
-        parts = [self.sums(self._rows(part)) for part in self._parts(places)]
+        parts = [self._sums(self._collate(self._rows(part))) for part in self._parts(places)]
         nll, tokens, exact, targets = (torch.stack(column).sum(0).tolist() for column in zip(*parts, strict=True))
         return [Score(nll[i] / tokens[i], exact[i] / targets[i]) for i in teachers]
 
@@ -85,9 +105,9 @@ class Scorer:
         scores: list[list[float]] = [[] for _ in self.units]
         for part in self._parts(places):
             rows = self._rows(part)
-            batch, index = self._collate(rows)
+            batch, _, runs = self._collate(rows)
             longest = self.collator.config.max_target_tokens
-            answers = self.bank.answer(batch.input_ids, batch.attention_mask, index, longest).cpu()
+            answers = self.bank.answer(batch.input_ids, batch.attention_mask, runs, longest).cpu()
             texts = self.collator.tokenizer.batch_decode(answers, skip_special_tokens=True)
             for (i, _, example), text in zip(rows, texts, strict=True):
                 scores[i].append(rouge_l(text, example.references))
@@ -99,8 +119,11 @@ class Scorer:
     def _rows(self, places: Sequence[tuple[int, int]]) -> list[Row]:
         return [(i, *self.units[i].validation[place]) for i, place in places]
 
-    def _collate(self, rows: Sequence[Row]) -> tuple[Batch, Tensor]:
+    def _collate(self, rows: Sequence[Row]) -> _Asked:
         chunks = [TaskChunk(task, 0, (example,), (reference_of(example, self.seed),)) for _, task, example in rows]
         device = self.bank.b[0].device
-        index = torch.tensor([teacher for teacher, _, _ in rows], device=device)
-        return self.collator(chunks).to(device), index
+        index = torch.tensor([teacher for teacher, _, _ in rows])
+        # Every teacher's examples follow each other: its factors are read by runs, without a copy for each example.
+        runs = runs_of(index)
+        everyone = runs.tolist() == list(range(len(self.units)))
+        return _Asked(self.collator(chunks).to(device), index.to(device), None if everyone else runs.to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from tagi_ds.data.collate import Collator, TaskChunk
 from tagi_ds.data.examples import Task
 from tagi_ds.errors import UserError
 from tagi_ds.model.adapter import find_sites
-from tagi_ds.teachers.bank import common_a
+from tagi_ds.teachers.bank import TeacherBank, common_a
 from tagi_ds.teachers.lora import TeacherResult, look_every, train_group
+from tagi_ds.teachers.scoring import Row, Scorer
 from tagi_ds.teachers.units import Unit, draw, make_units
 from tests.teachers.conftest import make_tasks
 
@@ -55,6 +57,57 @@ def test_each_teacher_ends_as_it_would_alone(
     for together, unit in zip(train(tiny_backbone, units, input_collator, toy_teachers), units, strict=True):
         (alone,) = train(tiny_backbone, [unit], input_collator, toy_teachers)
         assert_same(together, alone)
+
+
+def scorer_of(backbone: PreTrainedModel, units: list[Unit], collator: Collator, batch: int) -> Scorer:
+    """Of teachers that are not at their start, so that both factors have gradients."""
+    sites = find_sites(backbone, KINDS)
+    bank = TeacherBank(backbone, sites, len(units), common_a(sites, 2, SEED), SCALING, True)
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for b in bank.b:
+            b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
+    return Scorer(bank, units, collator, batch, SEED)
+
+
+def gradients(scorer: Scorer, rows: list[Row]) -> list[torch.Tensor]:
+    scorer.bank.zero_grad()
+    scorer.backward(rows)
+    return [parameter.grad for parameter in scorer.bank.parameters() if parameter.grad is not None]
+
+
+def rows_of(units: list[Unit], teachers: Sequence[int], examples: int) -> list[Row]:
+    return [(i, *pair) for i in teachers for pair in draw(units[i], examples, 0, SEED)]
+
+
+@pytest.mark.parametrize("teachers, runs", [([0, 1, 2], None), ([0, 2], [0, 2])])
+def test_factors_are_read_by_runs_of_examples(
+    teachers: list[int],
+    runs: list[int] | None,
+    tiny_backbone: PreTrainedModel,
+    input_collator: Collator,
+    toy_teachers: TeacherConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    units = make_units(make_tasks(3, 12), toy_teachers, SEED)
+    scorer, asked = scorer_of(tiny_backbone, units, input_collator, 12), []
+    forward = scorer.bank.forward
+    rows = rows_of(units, teachers, 4)
+
+    def spy(ids: Any, mask: Any, labels: Any, index: Any, read: Any) -> Any:
+        asked.append(None if index is None else index.tolist())
+        return forward(ids, mask, labels, index, read)
+
+    def example_by_example(ids: Any, mask: Any, labels: Any, index: Any, read: Any) -> Any:
+        return forward(ids, mask, labels, torch.tensor([teacher for teacher, _, _ in rows]), read)
+
+    monkeypatch.setattr(scorer.bank, "forward", spy)
+    by_runs = gradients(scorer, rows)
+    assert asked == [runs]
+    monkeypatch.setattr(scorer.bank, "forward", example_by_example)
+    for found, expected in zip(by_runs, gradients(scorer, rows), strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_teacher_that_is_done_neither_goes_on_nor_holds_up_the_others(
