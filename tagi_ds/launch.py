@@ -33,6 +33,7 @@ from tagi_ds.engine.exhaustion import memory_told
 from tagi_ds.engine.profile import recording
 from tagi_ds.engine.trainer import FLOP_STEPS, INTERRUPTED_STATUS, Interrupted
 from tagi_ds.errors import UserError
+from tagi_ds.processes import check_processes
 
 RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
 DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
@@ -128,6 +129,7 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool = Fals
     if parsed.is_default:
         study.run_missing_predecessors(name, config, parsed.scale, main)
     ranks = start(config.engine.timeout_s)
+    check_processes(config, name, ranks.world_size)
     run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank)
     if ranks.is_main and not shared:
         _hold(run_dir)

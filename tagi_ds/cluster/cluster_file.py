@@ -62,6 +62,11 @@ class Resources:
     options: list[str] = field(default_factory=list)
     """Further options of sbatch, e.g. --reservation=course."""
 
+    @property
+    def processes(self) -> int:
+        """Of one job."""
+        return self.nodes * (self.gpus_per_node or self.processes_per_node)
+
 
 @dataclass(frozen=True)
 class ClusterFile(Resources):

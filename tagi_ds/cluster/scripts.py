@@ -76,7 +76,7 @@ def _options(job: Job, asked: Resources, study_dir: Path, cwd: Path) -> list[str
     }
     options = [f"--job-name={_quoted(job_name(study_dir, job.name))}"]
     options += [f"--{name}={_quoted(str(value))}" for name, value in named.items() if value is not None]
-    processes = asked.gpus_per_node or asked.processes_per_node
+    processes = asked.processes // asked.nodes
     options += [f"--nodes={asked.nodes}", f"--ntasks-per-node={processes}"]
     if asked.gpus_per_node:
         kind = f"{asked.gpu_type}:" if asked.gpu_type else ""

@@ -12,6 +12,7 @@ from tagi_ds.config import STAGES, RunConfig
 from tagi_ds.errors import UserError
 from tagi_ds.evaluation.results import RESULTS_FILE
 from tagi_ds.launch import DEFAULT_RECIPE
+from tagi_ds.processes import check_processes
 
 REPORT = "report"
 """The last job: the study's results.json and report.html."""
@@ -75,6 +76,8 @@ def plan_jobs(
     for stage in chosen:
         if not embedded:
             study.require_data(configs[stage], stage)
+        # Before the hours of the stages in front of it.
+        check_processes(configs[stage], stage, cluster.resources(stage).processes)
         after = [name for name in study.PREDECESSORS[stage] if name in chosen]
         if stage == "store_logits" and "meta_train" in chosen and _teacher_is_meta_trained(configs):
             after.append("meta_train")

@@ -11,6 +11,7 @@ import numpy as np
 
 from tagi_ds.data.dealing import deal
 from tagi_ds.errors import UserError
+from tagi_ds.processes import check_dealing
 
 Item = TypeVar("Item")
 _WORD = 2**64 - 1
@@ -89,17 +90,11 @@ class Share:
     """
 
     def __init__(self, tasks_per_batch: int, rank: int, world_size: int, accumulation: int) -> None:
-        parts = world_size * accumulation
-        if tasks_per_batch < 1 or tasks_per_batch % parts:
-            raise UserError(
-                f"data.tasks_per_batch = {tasks_per_batch} does not divide by {world_size} ranks x "
-                f"engine.accumulation = {accumulation}",
-                f"make data.tasks_per_batch a multiple of {parts}, or change engine.accumulation or the ranks",
-            )
+        check_dealing(tasks_per_batch, world_size, accumulation)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
-        self.parts = parts
-        self._size = tasks_per_batch // parts
+        self.parts = world_size * accumulation
+        self._size = tasks_per_batch // self.parts
         self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
 
     def of(self, batch: Sequence[Item]) -> list[Sequence[Item]]:

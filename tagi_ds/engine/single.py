@@ -16,6 +16,7 @@ from tagi_ds.engine.full_state import WEIGHTS, FullState, write_full_state
 from tagi_ds.engine.schedule import learning_rate
 from tagi_ds.engine.strategy import StepOutcome, Strategy, decay_groups
 from tagi_ds.errors import UserError
+from tagi_ds.processes import check_single
 
 
 class SingleStrategy(Strategy):
@@ -25,11 +26,7 @@ class SingleStrategy(Strategy):
 
     def __init__(self, engine: EngineConfig, ranks: Ranks) -> None:
         super().__init__(engine, ranks)
-        if ranks.world_size > 1:
-            raise UserError(
-                f"engine.strategy single runs in one process, not in {ranks.world_size}",
-                "choose zero2 or zero3, or start one process",
-            )
+        check_single(ranks.world_size)
         if engine.deepspeed is not None:
             raise UserError(
                 f"engine.strategy single does not use engine.deepspeed ({engine.deepspeed})",

@@ -18,6 +18,7 @@ from tagi_ds.engine.distributed import Ranks
 from tagi_ds.engine.full_state import FullState
 from tagi_ds.engine.objective import Objective, Term, loss_share
 from tagi_ds.errors import UserError
+from tagi_ds.processes import replicas
 
 
 @dataclass(frozen=True)
@@ -227,12 +228,7 @@ def replica_of(engine: EngineConfig, ranks: Ranks) -> Replica:
     """
     if engine.strategy != "pipeline":
         return Replica(ranks.rank, ranks.world_size, True)
-    if ranks.world_size % engine.stages:
-        raise UserError(
-            f"engine.stages {engine.stages} does not divide {ranks.world_size} processes",
-            f"start a multiple of {engine.stages} processes, or choose engine.stages from their number's divisors",
-        )
-    count = ranks.world_size // engine.stages
+    count = replicas(engine, ranks.world_size)
     return Replica(ranks.rank % count, count, ranks.rank // count == engine.stages - 1)
 
 

@@ -17,6 +17,7 @@ from tagi_ds.experiments.definition import Part, Study, Variant
 from tagi_ds.experiments.nodes import BENCHMARK, NODES_FOLDER, Cell, Node, Plan, Trial
 from tagi_ds.experiments.relevance import goes_to, relevant_fields
 from tagi_ds.methods import APPROACHES
+from tagi_ds.processes import check_processes
 from tagi_ds.recipe import configured, read_recipe, resolve, typed_flags
 from tagi_ds.recipe_rules import check
 
@@ -144,6 +145,7 @@ class Planner:
         if "model.backbone" in own and own["model.backbone"] is None:
             del own["model.backbone"]
         config = dataclasses.replace(self.config(stage, own, wired), seed=seed)
+        check_processes(config, stage, self.study.ranks)
         needed = [node for _, node in wired.values() if node is not None]
         needed += [self.plan.nodes[name] for name in price_of]
         content = {

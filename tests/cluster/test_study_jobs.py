@@ -13,7 +13,7 @@ import pytest
 from launchers import submit
 from tagi_ds import run_folder
 from tagi_ds.cluster import slurm, submission
-from tagi_ds.cluster.cluster_file import ClusterFile
+from tagi_ds.cluster.cluster_file import ClusterFile, read_cluster_file
 from tagi_ds.cluster.scripts import script_of
 from tagi_ds.cluster.slurm import Queued
 from tagi_ds.cluster.study_jobs import Job, plan_jobs
@@ -90,6 +90,14 @@ def test_stages_may_be_chosen_and_data_are_asked_for() -> None:
         planned(DEFAULT_RECIPE, "finetuning")
     with pytest.raises(UserError, match=r"reads data\.sni_dir"):
         planned(RECIPES / "sni_base.yaml", "finetune", data__sni_dir="null")
+
+
+def test_a_batch_that_no_job_could_deal_is_refused_before_the_first() -> None:
+    data = {"data__sni_dir": "sni", "data__c4_dir": "c4"}
+    shipped = read_cluster_file(ROOT / "launchers" / "slurm" / "cluster.yaml")
+    assert planned(RECIPES / "sni_base.yaml", cluster=shipped, **data)
+    with pytest.raises(UserError, match=r"pretrain: data\.tasks_per_batch = 8 does not divide by 32 ranks"):
+        planned(RECIPES / "sni_base.yaml", cluster=ClusterFile(nodes=4, gpus_per_node=8), **data)
 
 
 def test_a_script_says_what_the_cluster_file_says(tmp_path: Path) -> None:
