@@ -96,10 +96,12 @@ def part_blocks(name: str, figures: Mapping[str, Any]) -> Iterator[Block]:
 
 def _scores(figures: Mapping[str, Any]) -> Iterator[Block]:
     groups = _groups(figures)
+    chance = "for other seeds and other tasks (two-way variance, Student's t; cut at 0 and 100)"
+    if all(len(about["seeds"]) == 1 for about in figures["about"].values()):
+        chance = "for other tasks alone (Student's t; cut at 0 and 100): one seed says nothing of others"
     yield Paragraph(
-        "Percent, averaged over tasks and seeds; in brackets the 95 % interval for other seeds and other tasks "
-        "(two-way variance, Student's t; cut at 0 and 100). The figure is named in the head; the others are in "
-        "study.json."
+        f"Percent, averaged over tasks and seeds; in brackets the 95 % interval {chance}. The figure is named in the "
+        "head; the others are in study.json."
     )
     heads = [f"{_words(group)}: {_words(_metric(figures, group))}" for group in groups]
     rows = []
@@ -155,7 +157,7 @@ def _tests(figures: Mapping[str, Any]) -> Iterator[Block]:
         f"Method minus {reference} on the same task and seed, which is also the same backbone; interval and p for "
         "other seeds and other tasks, as above. `p, tasks` is for other tasks alone: a paired sign-flip permutation "
         "test over tasks, each task's scores averaged over these seeds. All are two-sided and not corrected for their "
-        "number."
+        "number. One seed says nothing of others: its interval is for other tasks alone, and it has no p beside that."
     )
     yield Table(["method", "group", "difference", "p", "p, tasks", "tasks", "seeds"], rows)
 

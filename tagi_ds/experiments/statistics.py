@@ -30,6 +30,8 @@ def mean_of(results: Sequence[Units]) -> float:
 def seeds_and_tasks_interval(results: Sequence[Units]) -> tuple[float, float]:
     """95 % interval of :func:`mean_of` for other seeds and other tasks; (nan, nan) for a single score.
 
+    Of one seed it is for other tasks alone, and of one task for other seeds alone.
+
     Args:
         results: one a seed, all of the same tasks: task -> (score, weight in the average).
 
@@ -44,7 +46,7 @@ def seeds_and_tasks_interval(results: Sequence[Units]) -> tuple[float, float]:
 
 
 def seeds_and_tasks_p_value(results: Sequence[Units]) -> float:
-    """Two-sided p-value of a true :func:`mean_of` of 0 for other seeds and other tasks; nan for a single score.
+    """Two-sided p-value of a true :func:`mean_of` of 0 for other seeds and other tasks; nan for a single seed.
 
     Args:
         results: differences of two methods, one a seed: task -> (difference, weight in the average).
@@ -52,12 +54,12 @@ def seeds_and_tasks_p_value(results: Sequence[Units]) -> float:
     Raises:
         ValueError: the results are not of the same tasks.
     """
-    mean, variance, freedom = _estimate(results)
-    if math.isnan(variance):
+    if len(results) == 1:
         return math.nan
+    mean, variance, freedom = _estimate(results)
     if variance < _NOTHING:
         return 1.0 if mean**2 < _NOTHING else 0.0
-    return 2 * (1 - _student_below(abs(mean) / math.sqrt(variance), freedom))
+    return max(0.0, 2 * (1 - _student_below(abs(mean) / math.sqrt(variance), freedom)))
 
 
 def differences(first: Sequence[Units], second: Sequence[Units]) -> list[Units]:

@@ -200,6 +200,7 @@ def test_the_report_holds_tables_pictures_and_figures(study: Study, plan: Plan) 
     assert figures["parts"]["main"]["lengths"] == lengths
     assert list(figures["parts"]["main"]["about"]["tagi"]["relative_inference"]) == list(lengths), "a part's own first"
     markdown = (study.folder / "study.md").read_text()
+    assert "for other seeds and other tasks (two-way" in markdown
     low, high = figures["parts"]["main"]["methods"]["tagi"]["unseen"]["interval"]
     assert high > 100, "which no percentage is"
     assert f"| TAGI | 2 | 65.0 \\[{low:.1f}, 100.0\\] |" in markdown
@@ -228,6 +229,7 @@ def test_a_study_that_is_half_done_is_reported_with_the_seeds_it_has(study: Stud
     assert list(figures["methods"]) == ["no_finetuning", "tagi", "meta_training"]
     assert figures["about"]["tagi"]["seeds"] == [0]
     assert figures["methods"]["meta_training"]["unseen"]["against_reference"]["seeds"] == [0]
+    assert figures["methods"]["meta_training"]["unseen"]["against_reference"]["p_value"] is None, "of one seed"
 
 
 def test_nothing_evaluated_is_no_report(study: Study) -> None:

@@ -64,11 +64,13 @@ def test_p_values_are_those_of_the_tables_and_of_the_interval() -> None:
     for quantile, expected in ((2.1318468, 0.1), (3.7469474, 0.02), (0.0, 1.0)):
         scores = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
         shift = quantile * scores.std(ddof=1) / math.sqrt(5)
-        assert seeds_and_tasks_p_value([units(list(scores + shift))]) == pytest.approx(expected, abs=1e-6)
-        assert seeds_and_tasks_p_value([units(list(-scores - shift))]) == pytest.approx(expected, abs=1e-6)
+        for sign in (1, -1):
+            seeds = [units([sign * (score + shift)]) for score in scores]
+            assert seeds_and_tasks_p_value(seeds) == pytest.approx(expected, abs=1e-6)
+    assert seeds_and_tasks_p_value([units([1e9, 1e9 + 1])] * 2) >= 0
+    assert math.isnan(seeds_and_tasks_p_value([units([3.0, 4.0])])), "one seed"
     assert seeds_and_tasks_p_value([units([3.0, 3.0])] * 2) == 0.0
     assert seeds_and_tasks_p_value([units([0.0, 0.0])] * 2) == 1.0
-    assert math.isnan(seeds_and_tasks_p_value([units([3.0])]))
 
 
 def test_a_backbone_that_both_share_leaves_their_difference() -> None:
