@@ -25,12 +25,13 @@ class MemoryExhaustedError(UserError):
 
 
 @contextmanager
-def memory_told(place: str, engine: EngineConfig) -> Iterator[None]:
+def memory_told(place: str, engine: EngineConfig, advice: str | None = None) -> Iterator[None]:
     """Within it an allocation that fails ends in one error with advice.
 
     Args:
         place: where in the run, e.g. ``step 7``.
-        engine: decides the advice.
+        engine: decides the advice for training.
+        advice: in the place of that.
 
     Raises:
         MemoryExhaustedError: in the place of torch's and Python's own.
@@ -41,7 +42,7 @@ def memory_told(place: str, engine: EngineConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         what = (str(error) or type(error).__name__).splitlines()[0]
-        raise MemoryExhaustedError(f"{place}: out of memory ({what})", memory_advice(engine)) from error
+        raise MemoryExhaustedError(f"{place}: out of memory ({what})", advice or memory_advice(engine)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tagi_ds.engine.distributed import broadcast_object, main_first
 from tagi_ds.launch import Stage
@@ -34,6 +35,29 @@ def items_of_this_job(stage: Stage, items: Sequence[str], is_there: Callable[[st
             yield item
             if stage.ranks.is_main:
                 work.finish(item, {})
+
+
+def agreed(stage: Stage, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `decide` says in the first job of the run folder that asks, on all ranks of all jobs and after restarts.
+
+    Args:
+        stage: the running one.
+        name: of the question, as an item's.
+        decide: called on rank 0; JSON-able.
+    """
+    work = WorkList(stage.run_dir / WORK_FOLDER, stage.config.teachers.claim_timeout_s)
+    told: list[dict[str, Any]] = []
+
+    def ask() -> None:
+        with contextlib.closing(work.take([name])) as turns:
+            for item in turns:
+                work.finish(item, decide())
+        told.append(work.record(name))
+
+    main_first(ask)
+    # From rank 0, and not from the folder: another node may not see the new file yet.
+    answer: dict[str, Any] = broadcast_object(told[0] if told else None)
+    return answer
 
 
 def traces_of(folder: Path) -> list[list[str | int]]:
