@@ -8,6 +8,7 @@ import functools
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,8 @@ DONE_FILE = "done.json"
 """Written last, by :func:`mark_done`."""
 LOCK_FILE = ".lock"
 """Held by the process that runs in the folder."""
+_LOOKED_AT_S = 5.0
+"""How long a lock may seem taken because others look whether it is: the other processes of a start."""
 
 _FREE = frozenset(
     {
@@ -134,16 +137,24 @@ def hold(run_dir: Path) -> None:
     Raises:
         UserError: another process holds it.
     """
+    deadline = time.monotonic() + _LOOKED_AT_S
     handle = (run_dir / LOCK_FILE).open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"another process is running in {run_dir}", "wait for it, end it, or choose another --output_dir"
-        ) from error
-    except OSError:  # a file system without locks
-        handle.close()
-        return
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            # Whoever runs in the folder keeps its lock; whoever looks (`is_held`) has it for a moment.
+            if time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
+            handle.close()
+            raise UserError(
+                f"another process is running in {run_dir}", "wait for it, end it, or choose another --output_dir"
+            ) from error
+        except OSError:  # a file system without locks
+            handle.close()
+            return
     _held.append(handle)
 
 

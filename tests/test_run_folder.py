@@ -3,11 +3,13 @@
 import dataclasses
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tagi_ds import run_folder
 from tagi_ds.config import RunConfig
 from tagi_ds.errors import UserError
 from tagi_ds.recipe import parse
@@ -115,6 +117,22 @@ def test_a_run_that_never_began_may_be_corrected(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="seed: 4 -> 5"):
             open_run(_config(folder, "--seed", "5"), "finetune", 1)
     open_run(_config(folder, "--seed", "5"), "finetune", 1)
+
+
+def test_a_folder_is_held_once_those_who_look_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_held", [])
+    with (tmp_path / ".lock").open("w") as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+        gone = threading.Timer(0.3, looker.close)
+        gone.start()
+        run_folder.hold(tmp_path)
+        gone.join()
+    monkeypatch.setattr(run_folder, "_LOOKED_AT_S", 0.1)
+    with pytest.raises(UserError, match="another process is running"):
+        run_folder.hold(tmp_path)
+    run_folder._held.pop().close()
+    run_folder.hold(tmp_path)
+    run_folder._held.pop().close()
 
 
 def test_a_path_spelled_otherwise_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
