@@ -242,12 +242,14 @@ class Trainer:
         return True
 
     def _checkpoint(self) -> None:
+        began = time.monotonic()
         at(f"the checkpoint of step {self.state.step}")
         # Ranks beyond the replicas repeat their shares: the further stages of a pipeline.
         shares = gather_objects(self.source.state_dict())[: self.strategy.replica.count]
         self.state.data = joined_state(self.source, shares)
         self.state.extra = self.extra_state.state_dict() if self.extra_state else {}
         self.checkpoints.save(self.strategy, self.state)
+        self.monitor.set_apart(time.monotonic() - began)
 
     def _resume(self) -> int | None:
         saved = self.checkpoints.resume(self.strategy, self.monitor.say)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tagi_ds.config import EngineConfig, LossConfig, OptimizerConfig
 from tagi_ds.data.c4 import DocumentMixture
 from tagi_ds.engine import trainer as trainer_module
+from tagi_ds.engine.checkpoint import CheckpointStore
 from tagi_ds.engine.distributed import Ranks, current
 from tagi_ds.engine.monitor import Monitor
 from tagi_ds.engine.objective import joined_state
@@ -77,6 +79,16 @@ def test_a_checkpoint_keeps_the_joined_position(tmp_path: Path, monkeypatch: pyt
     assert read_json(tmp_path / "checkpoints" / "step_2" / "state.json")["run"]["data"] == joined
     other["position"] = 4
     assert fit(4).loaded == joined
+
+
+def test_throughput_does_not_count_the_time_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineConfig(strategy="single", precision="fp32", steps=2, checkpoint_every=1)
+    strategy, source = build(engine, OptimizerConfig(), current())
+    apart: list[float] = []
+    monkeypatch.setattr(Monitor, "set_apart", lambda self, seconds: apart.append(seconds))
+    monkeypatch.setattr(CheckpointStore, "save", lambda self, strategy, state: time.sleep(0.1))
+    Trainer(strategy, ToyObjective(), source, engine, tmp_path, Monitor(tmp_path, "toy", 2)).fit()
+    assert sum(apart) >= 0.2
 
 
 def test_documents_go_on_over_two_one_and_two_ranks(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
