@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tagi_ds.config import RunConfig
 from tagi_ds.errors import UserError
+from tagi_ds.evaluation.metrics import XLINGUAL
 from tagi_ds.methods import METHODS
 
 SITES = ("q", "k", "v", "o", "wi", "wo")
@@ -151,6 +152,12 @@ def _together(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             f"data.task_cap {data.task_cap} with data.sampling {data.sampling}, which does not ask how large a task is",
             "set data.sampling size, or leave data.task_cap out",
+        )
+    if data.split == XLINGUAL and data.english_only:
+        yield (
+            f"data.split {XLINGUAL} with data.english_only true: its test tasks are in other languages, and those that "
+            "it trains on would be left out",
+            "set data.english_only false",
         )
     if config.optimizer.name == "adafactor" and engine.strategy != "single":
         yield (

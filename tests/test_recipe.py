@@ -173,6 +173,7 @@ def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
         (["--model.sites", "[]", "--model.method", "hint"], "model.sites"),
         (["--model.sites", "[]", "--loss.alignment", "sigmoid"], "loss.alignment"),
         (["--data.document_tokens", "20"], "data.min_part_tokens"),
+        (["--data.split", "xlingual"], "set data.english_only false"),
         (["--optimizer.name", "adafactor"], "engine.strategy single"),
         (["--engine.stages", "0"], "engine.stages is 0"),
         (["--engine.stages", "2"], "which has no stages"),
@@ -195,6 +196,8 @@ def test_an_ordinary_model_has_no_stages(stage: str) -> None:
 
 
 def test_values_that_do_make_sense() -> None:
+    cross_lingual = parse("finetune", ["--data.split", "xlingual", "--data.english_only", "false"]).config
+    assert cross_lingual.data.split == "xlingual"
     config = parse("finetune", ["--optimizer.name", "adafactor", "--engine.strategy", "single"]).config
     assert config.optimizer.name == "adafactor"
     assert parse("finetune", ["--loss.label", "0", "--loss.kl", "5"]).config.loss.label == 0

@@ -21,8 +21,8 @@ from tagi_ds.data.task_index import WHOLE_FILE, MalformedRow, TaskIndex, TaskRec
 from tagi_ds.engine.distributed import is_main
 from tagi_ds.errors import UserError
 
-LOGGED_ROWS = 20
-"""Malformed rows and files of a split that are named; all are counted."""
+LOGGED = 20
+"""So many malformed rows and files of a split are named, and so many tasks in other languages; all are counted."""
 _MEND = f"mend the file or fetch it again ({PREPARE}), or leave out what is malformed: --data.malformed skip"
 
 Rows = Callable[[TaskIndex, TaskRecord], Sequence[int]]
@@ -63,7 +63,7 @@ def alike(most: int) -> Rows:
 
 @dataclass
 class Selection:
-    """Chooses tasks and rows of an index for a run, and counts what is left out as malformed.
+    """Chooses tasks and rows of an index for a run; counts what is left out as malformed or in another language.
 
     Attributes:
         config: language and policy.
@@ -79,6 +79,7 @@ class Selection:
     _rows_left_out: int = 0
     _files_left_out: int = 0
     _named: list[MalformedRow] = field(default_factory=list)
+    _foreign: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def left_out(self) -> int:
@@ -91,25 +92,25 @@ class Selection:
         Raises:
             UserError: there is none, or one is malformed and the policy is `error`.
         """
-        chosen, foreign = [], 0
+        chosen = []
         for name in names:
             record = self._record(name)
             if record is None:
                 continue
             if self.config.english_only and not sni.is_english(record.languages):
-                foreign += 1
+                self._foreign[name] = record.languages
                 continue
             if record.malformed and not self._tolerates(record):
                 continue
             chosen.append(self.index.task(name, self.rows(self.index, record)))
-        if not chosen and foreign:
+        if not chosen and self._foreign:
             raise UserError(
                 f"no task of split {Path(self.split).stem} in {self.index.facts['address']} is English",
                 "choose another split or --data.english_only false",
             )
         if not chosen:
             raise UserError(f"no task of {self.split} can be read", "fetch the data again, or choose another split")
-        self._say()
+        self._say(len(names))
         return chosen
 
     def _record(self, name: str) -> TaskRecord | None:
@@ -143,16 +144,24 @@ class Selection:
         files = sum(row.row == WHOLE_FILE for row in rows)
         self._files_left_out += files
         self._rows_left_out += count - files
-        self._named += rows[: LOGGED_ROWS - len(self._named)]
+        self._named += rows[: LOGGED - len(self._named)]
 
-    def _say(self) -> None:
-        if self.left_out and is_main():
+    def _say(self, total: int) -> None:
+        """Says, once, which of the split's `total` tasks and their rows are left out."""
+        if not is_main():
+            return
+        if self.left_out:
             address = self.index.facts["address"]
             lines = [f"  {_describe(address, row)}" for row in self._named]
             if self.left_out > len(lines):
                 lines.append(f"  ... `python -m tagi_ds.data validate {address}` lists all")
             head = f"data.malformed skip: left out {self._rows_left_out} rows and {self._files_left_out} files"
             _say_once("\n".join([f"{head} of {self.split}:", *lines]))
+        if self._foreign:
+            named = [f"{name} ({', '.join(dict.fromkeys(spoken))})" for name, spoken in self._foreign.items()]
+            rest = [f"and {len(named) - LOGGED} more"] if len(named) > LOGGED else []
+            head = f"data.english_only: left out {len(named)} of {total} tasks of {self.split}"
+            _say_once(f"{head}: {', '.join(named[:LOGGED] + rest)}")
 
 
 def choose_rows(size: int, limit: int, seed: int, name: str) -> Sequence[int]:

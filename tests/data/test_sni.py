@@ -69,7 +69,7 @@ def test_fields_and_missing_fields(tmp_path: Path) -> None:
     assert (poor.definition, poor.category, poor.positives, poor.source) == ("Say hi.", "Uncategorised", (), "b")
 
 
-def test_english_only(tmp_path: Path) -> None:
+def test_english_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = {
         "en": GOOD,
         "out": {**GOOD, "Output_language": ["French"]},
@@ -78,7 +78,11 @@ def test_english_only(tmp_path: Path) -> None:
         "half": {**GOOD, "Input_language": " english", "Output_language": None},
     }
     folder = write(tmp_path, tasks)
-    assert [t.name for t in read(folder)] == ["en", "unsaid", "half"]
+    for _ in range(2):
+        assert [t.name for t in read(folder)] == ["en", "unsaid", "half"]
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("data.english_only: left out 2 of 5 tasks of ")
+    assert said.endswith(": out (English, French), in (English, Hindi)")
     assert len(read(folder, english_only=False)) == 5
     write(tmp_path, {}, {"foreign": ["out"]})
     with pytest.raises(UserError, match="no task of split foreign"):
