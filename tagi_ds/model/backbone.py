@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +20,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MT5ForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -210,6 +211,22 @@ def without_dropout(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def recompute_blocks(backbone: nn.Module) -> None:
+    """Makes every T5 block keep its inputs alone and compute the rest again in the backward pass, whatever its mode.
+
+    transformers' own switch works in training mode only, which would bring dropout to a backbone that must not have it.
+    """
+    for name, block in backbone.named_modules():
+        if name.split(".")[-2:-1] == ["block"]:
+            block.forward = functools.partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def parameters_to_train(backbone: nn.Module, also_train: str) -> list[nn.Parameter]:

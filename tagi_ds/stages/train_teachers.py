@@ -21,12 +21,13 @@ from tagi_ds.build import study_backbone
 from tagi_ds.config import RunConfig
 from tagi_ds.data.collate import Collator
 from tagi_ds.engine.distributed import barrier
+from tagi_ds.engine.exhaustion import memory_told
 from tagi_ds.engine.profile import unit_done
 from tagi_ds.engine.progress import Progress
 from tagi_ds.errors import UserError
 from tagi_ds.files import read_json, write_json
 from tagi_ds.launch import Stage
-from tagi_ds.model.backbone import load_backbone
+from tagi_ds.model.backbone import load_backbone, recompute_blocks
 from tagi_ds.teachers import parameter_store, report
 from tagi_ds.teachers.binding import MANIFEST, read_manifest
 from tagi_ds.teachers.lora import train_group
@@ -122,7 +123,8 @@ def _train(stage: Stage, work: WorkList, plan: Plan) -> None:
             # From here on the store is not what its manifest says.
             (stage.run_dir / "store" / MANIFEST).unlink(missing_ok=True)
             began = time.monotonic()
-            taken = train()(group, show)
+            with memory_told("train_teachers", stage.config.engine, memory_advice(stage.config)):
+                taken = train()(group, show)
             work.finish(item, {"seconds": round(time.monotonic() - began, 3), "steps": taken})
         bar.update(len(items) * steps, f"{len(items)} of {len(items)} groups finished")
 
@@ -146,6 +148,7 @@ def _trainer(stage: Stage, plan: Plan) -> Any:
             config.seed,
             progress,
             plan.warm.factors if plan.warm else lambda _: None,
+            config.engine.accumulation,
         )
         for result in results:
             figures = {name: value for name, value in vars(result).items() if name not in ("unit", "factors")}
@@ -159,7 +162,25 @@ def _backbone(stage: Stage) -> PreTrainedModel:
     dtype = torch.bfloat16 if stage.config.engine.precision == "bf16" else torch.float32
     backbone = load_backbone(study_backbone(stage.config), dtype)
     backbone.to(stage.ranks.device)  # type: ignore[arg-type]
+    if stage.config.engine.activation_checkpointing:
+        recompute_blocks(backbone)
     return backbone.eval()
+
+
+def memory_advice(config: RunConfig) -> str:
+    """What to change where a group of teachers does not fit: first what the same run folder goes on with.
+
+    Only the last changes what is learnt. Strategies other than `single` shard nothing here.
+    """
+    teachers, engine, steps = config.teachers, config.engine, []
+    if engine.accumulation < teachers.batched * teachers.examples:
+        steps.append(f"raise engine.accumulation above {engine.accumulation}: smaller micro-batches of a group's step")
+    if not engine.activation_checkpointing:
+        steps.append("set engine.activation_checkpointing true")
+    if teachers.batched > 1:
+        steps.append(f"lower teachers.batched below {teachers.batched}, in a new run folder: fewer teachers at once")
+    steps.append("shorten data.max_source_tokens, in a new run folder")
+    return "; or ".join(steps)
 
 
 def _finish(stage: Stage, work: WorkList, plan: Plan) -> None:

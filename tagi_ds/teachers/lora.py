@@ -77,6 +77,7 @@ def train_group(
     seed: int,
     progress: Callable[[int], None] = lambda _: None,
     warm: Callable[[str], Factors | None] = lambda _: None,
+    accumulation: int = 1,
 ) -> list[TeacherResult]:
     """Trains the teachers of `units` together; each ends as it would alone.
 
@@ -90,13 +91,15 @@ def train_group(
         seed: of the order of the examples and the choice of their references.
         progress: called with the number of steps taken, after each.
         warm: a unit's factors to start from; None: the common A and B = 0.
+        accumulation: micro-batches into which a step's examples, all teachers' together, are cut. They bound the
+            memory, of the looks at the validation shares too, and change nothing but the rounding.
 
     Returns:
         One result a unit, in their order.
     """
     device = next(backbone.parameters()).device
     bank = TeacherBank(backbone, sites, len(units), start, scaling, config.train_a).to(device)
-    scorer = Scorer(bank, units, collator, len(units) * config.examples, seed)
+    scorer = Scorer(bank, units, collator, math.ceil(len(units) * config.examples / accumulation), seed)
     everyone = list(range(len(units)))
     courses = [_Course(i, score, bank) for i, score in zip(everyone, scorer.look(everyone), strict=True)]
     rouge_before = scorer.rouge_l()

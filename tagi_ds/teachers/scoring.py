@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ ANSWERED = 64
 
 Row = tuple[int, Task, Example]
 """Number of a teacher, and one of its examples."""
+Item = TypeVar("Item")
 
 
 class Score(NamedTuple):
@@ -71,9 +72,15 @@ class Scorer:
         self.bank, self.units, self.collator, self.batch, self.seed = bank, units, collator, batch, seed
 
     def backward(self, rows: Sequence[Row]) -> None:
-        """Adds the gradient of every teacher's loss, its mean over its own rows' target tokens."""
-        sums = self._sums(self._collate(rows))
-        (sums.nll / sums.tokens.clamp(min=1)).sum().backward()
+        """Adds the gradient of every teacher's loss, its mean over its own rows' target tokens.
+
+        Batch by batch, of which none outlives its own backward pass; each token counts for what it is of all of its
+        teacher's tokens, so that the batches' size changes nothing but the rounding.
+        """
+        parts = [self._collate(part) for part in self._parts(rows)]
+        tokens = torch.stack([self._per_teacher(part.index, _real(part.batch).sum(1)) for part in parts]).sum(0)
+        for part in parts:
+            (self._sums(part).nll / tokens.clamp(min=1)).sum().backward()
 
     def _sums(self, asked: _Asked) -> Sums:
         """Each teacher's sums over its own examples, with gradients."""
@@ -81,12 +88,16 @@ class Scorer:
         reader = TargetReader(batch.labels)
         figures: Figures = self.bank(batch.input_ids, batch.attention_mask, batch.labels, runs, reader)
         nll = figures.label.sum(1)
-        real = batch.labels != IGNORE
+        real = _real(batch)
         # Under teacher forcing a target is predicted whole just where greedy decoding would write it.
         exact = (figures.right | ~real).all(1)
         columns = (nll, real.sum(1), exact, torch.ones_like(exact))
-        zeros = nll.new_zeros(len(self.units))
-        return Sums(*(zeros.index_add(0, index, column.to(nll.dtype)) for column in columns))
+        return Sums(*(self._per_teacher(index, column) for column in columns))
+
+    def _per_teacher(self, index: Tensor, column: Tensor) -> Tensor:
+        """(T,) float32, the sum of a figure (N,) over each teacher's examples."""
+        zeros = torch.zeros(len(self.units), dtype=torch.float32, device=index.device)
+        return zeros.index_add(0, index, column.float())
 
     @torch.no_grad()
     def look(self, teachers: Sequence[int]) -> list[Score]:
@@ -113,8 +124,8 @@ class Scorer:
                 scores[i].append(rouge_l(text, example.references))
         return [sum(values) / len(values) for values in scores]
 
-    def _parts(self, places: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        return [places[at : at + self.batch] for at in range(0, len(places), self.batch)]
+    def _parts(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        return [items[at : at + self.batch] for at in range(0, len(items), self.batch)]
 
     def _rows(self, places: Sequence[tuple[int, int]]) -> list[Row]:
         return [(i, *self.units[i].validation[place]) for i, place in places]
@@ -127,3 +138,8 @@ class Scorer:
         runs = runs_of(index)
         everyone = runs.tolist() == list(range(len(self.units)))
         return _Asked(self.collator(chunks).to(device), index.to(device), None if everyone else runs.to(device))
+
+
+def _real(batch: Batch) -> Tensor:
+    """(N, T) bool, where there is a target token."""
+    return batch.labels != IGNORE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tagi_ds.data.collate import Collator, TaskChunk
 from tagi_ds.data.examples import Task
 from tagi_ds.errors import UserError
 from tagi_ds.model.adapter import find_sites
+from tagi_ds.model.backbone import load_backbone, recompute_blocks
 from tagi_ds.teachers.bank import TeacherBank, common_a
 from tagi_ds.teachers.lora import TeacherResult, look_every, train_group
 from tagi_ds.teachers.scoring import Row, Scorer
@@ -108,6 +110,69 @@ def test_factors_are_read_by_runs_of_examples(
     for found, expected in zip(by_runs, gradients(scorer, rows), strict=True):
         assert expected.any()
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 6])
+def test_micro_batches_have_the_gradients_of_one_graph(
+    batch: int, tiny_backbone: PreTrainedModel, input_collator: Collator, toy_teachers: TeacherConfig
+) -> None:
+    """With targets of many lengths: a mean over a micro-batch's tokens would weigh short answers too much."""
+    tasks = make_tasks(3, 12)
+    answers = ["lamp", "chair bell box lamp chair", "bell box"]
+    uneven = [
+        replace(task, examples=[replace(e, references=(answers[i % 3],)) for i, e in enumerate(task.examples)])
+        for task in tasks
+    ]
+    units = make_units(uneven, toy_teachers, SEED)
+    rows = rows_of(units, [0, 1, 2], 4)
+    whole = gradients(scorer_of(tiny_backbone, units, input_collator, 12), rows)
+    scorer, seen = scorer_of(tiny_backbone, units, input_collator, batch), []
+    scorer.bank.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    parts = gradients(scorer, rows)
+    assert max(seen) == batch
+    assert sum(seen) == len(rows)
+    for found, expected in zip(parts, whole, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_micro_batches_train_the_same_teachers(
+    tiny_backbone: PreTrainedModel, input_collator: Collator, toy_teachers: TeacherConfig
+) -> None:
+    config = replace(toy_teachers, steps=2)
+    units = make_units(make_tasks(2, 12), config, SEED)
+    sites = find_sites(tiny_backbone, KINDS)
+    start = common_a(sites, 2, SEED)
+    cut = train_group(tiny_backbone, sites, units, input_collator, start, SCALING, config, SEED, accumulation=3)
+    for found, expected in zip(cut, train(tiny_backbone, units, input_collator, config), strict=True):
+        assert_same(found, expected)
+
+
+def test_recomputed_blocks_keep_their_inputs_alone_and_give_the_same_bits(
+    tiny_folder: Path, input_collator: Collator, toy_teachers: TeacherConfig
+) -> None:
+    units = make_units(make_tasks(2, 12), toy_teachers, SEED)
+    rows, found = rows_of(units, [0, 1], 4), []
+    for recomputed in (False, True):
+        backbone = load_backbone(tiny_folder).eval()
+        if recomputed:
+            recompute_blocks(backbone)
+        scorer, kept, runs = scorer_of(backbone, units, input_collator, 8), [], []
+        backbone.get_encoder().block[0].layer[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+
+        def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            mine = gradients(scorer, rows)
+        assert len(runs) == 1 + recomputed
+        looks = scorer.look([0, 1]), scorer.rouge_l()
+        found.append((mine, looks, sum(kept)))
+    (plain, looks, whole), (again, same_looks, inputs) = found
+    assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
+    assert looks == same_looks
+    assert inputs < whole / 4
 
 
 def test_a_teacher_that_is_done_neither_goes_on_nor_holds_up_the_others(

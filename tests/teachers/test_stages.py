@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,10 +16,13 @@ from tagi_ds.data.collate import Collator
 from tagi_ds.data.mixture import TaskMixture
 from tagi_ds.data.tokenizer import load_tokenizer
 from tagi_ds.divergence import kl
+from tagi_ds.engine.exhaustion import MemoryExhaustedError
 from tagi_ds.errors import UserError
-from tagi_ds.model.backbone import content_hash, load_backbone
+from tagi_ds.model.backbone import content_hash, load_backbone, recompute_blocks
+from tagi_ds.stages import train_teachers
 from tagi_ds.teachers import report
 from tagi_ds.teachers.__main__ import main
+from tagi_ds.teachers.bank import TeacherBank
 from tagi_ds.teachers.binding import data_binding
 from tagi_ds.teachers.distillation import Distillation
 from tagi_ds.teachers.logit_store import LogitStore
@@ -131,6 +134,37 @@ def test_the_summary_is_that_of_the_table(done: Done) -> None:
     assert summary["loss_after"] < summary["loss_before"]
     assert summary["flops"] > 0 < summaries["store_logits"]["flops"]
     assert summaries["store_logits"]["examples"] == 5 * 12
+
+
+def test_memory_is_bounded_by_the_settings_that_the_advice_names(
+    sni: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, sni, tiny_folder)
+    config.teachers.max_units, config.teachers.steps = 2, 1
+    sizes, encoded, forward = [], [], TeacherBank.forward
+
+    def out_of_memory_above(most: int, bank: TeacherBank, ids: torch.Tensor, *rest: Any) -> Any:
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        sizes.append(len(ids))
+        return forward(bank, ids, *rest)
+
+    def recompute(backbone: torch.nn.Module) -> None:
+        recompute_blocks(backbone)
+        encoded.append(backbone)
+
+    monkeypatch.setattr(TeacherBank, "forward", lambda bank, *given: out_of_memory_above(3, bank, *given))
+    monkeypatch.setattr(train_teachers, "recompute_blocks", recompute)
+    with pytest.raises(MemoryExhaustedError, match="train_teachers: out of memory") as caught:
+        run_stage("train_teachers", config)
+    advice = ("teachers.batched below 2", "engine.accumulation above 1", "engine.activation_checkpointing true")
+    assert all(words in caught.value.mend for words in advice)
+    assert "zero3" not in caught.value.mend
+    assert not encoded
+    config.engine.accumulation, config.engine.activation_checkpointing = 3, True
+    assert run_stage("train_teachers", config)["teachers"] == 2
+    assert max(sizes) == 3
+    assert len(encoded) == 1
 
 
 @pytest.mark.parametrize(
