@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max_new_tokens", type=_positive, metavar="N", help="longest answer in tokens (default: as in training)"
     )
     parser.add_argument("--beams", type=_positive, default=1, metavar="N", help="beams; 1 (default) is greedy")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto (default) is bf16 on a GPU that computes in it, elsewhere the type that the folder has",
+    )
     parser.add_argument("--save_task", type=Path, metavar="FILE", help="write the compiled task there")
     return parser
 
@@ -65,7 +71,7 @@ def _answer(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from tagi_ds.answering import Answerer
 
-    answerer = Answerer.open(folder, arguments.instruction, arguments.task, arguments.backbone)
+    answerer = Answerer.open(folder, arguments.instruction, arguments.task, arguments.backbone, arguments.precision)
     did = "compiled" if arguments.task is None else "read"
     print(f"task {did} in {1000 * answerer.seconds:.0f} ms", flush=True)
     if arguments.save_task is not None:

@@ -14,6 +14,7 @@ from tagi_ds.convert.model_folder import ModelFolder, load_model_folder, text_ta
 from tagi_ds.errors import UserError
 from tagi_ds.model.compiled import CompiledTask
 from tagi_ds.model.inference import Inference
+from tagi_ds.model.precision import DTYPES, Asked, native_precision
 
 BATCH, WINDOW = 32, 256
 """Inputs that are answered together, and among how many those of like lengths are looked for."""
@@ -48,7 +49,12 @@ class Answerer:
 
     @classmethod
     def open(
-        cls, folder: Path, instruction: str | None, task_file: Path | None, backbone: Path | str | None = None
+        cls,
+        folder: Path,
+        instruction: str | None,
+        task_file: Path | None,
+        backbone: Path | str | None = None,
+        precision: Asked = "auto",
     ) -> Answerer:
         """Loads a model folder and compiles `instruction`, or reads the compiled task of `task_file`.
 
@@ -56,6 +62,7 @@ class Answerer:
             folder: of a converted model.
             instruction, task_file: one of them.
             backbone: where the backbone lies now, if the folder holds a hypernetwork alone.
+            precision: ``auto`` is bf16 on a GPU that computes in it, and elsewhere what the folder says.
 
         Raises:
             UserError: no TAGI model there, an empty instruction, no or another model's compiled task.
@@ -63,7 +70,10 @@ class Answerer:
         if (instruction is None) == (task_file is None):
             raise UserError("give an instruction or a compiled task, one of them", "--instruction TEXT or --task FILE")
         task = None if instruction is None else text_task(instruction)
-        loaded = load_model_folder(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), backbone)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if precision == "auto" and native_precision(device) == "bf16":
+            precision = "bf16"
+        loaded = load_model_folder(folder, device, backbone, DTYPES.get(precision))
         began = time.perf_counter()
         if task is not None:
             compiled = loaded.compile(task)

@@ -56,7 +56,10 @@ class ModelFolder:
 
 
 def load_model_folder(
-    folder: Path, device: torch.device | None = None, backbone: str | Path | None = None
+    folder: Path,
+    device: torch.device | None = None,
+    backbone: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ModelFolder:
     """Loads a folder that :func:`tagi_ds.convert.hugging_face.export_model` wrote.
 
@@ -64,6 +67,7 @@ def load_model_folder(
         folder: with a TAGI model, or with a hypernetwork that names its backbone.
         device: by default the CPU.
         backbone: where the named backbone lies now; None: where it lay in training.
+        dtype: of the parameters; None: as the folder says.
 
     Raises:
         UserError: it is missing, damaged, holds no TAGI model, or names a backbone that is not there or another one.
@@ -76,7 +80,7 @@ def load_model_folder(
         raise UserError(f"{folder}/config.json describes a {model_type} model, not a TAGI model", mend)
     prompt = read_prompt(folder)
     try:
-        model = TagiForConditionalGeneration.from_pretrained(folder, backbone=backbone)
+        model = TagiForConditionalGeneration.from_pretrained(folder, backbone=backbone, dtype=dtype or "auto")
     except UserError:
         raise
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ class CompiledTask:
 
     @classmethod
     def load(cls, path: Path | str, model: TagiForConditionalGeneration) -> CompiledTask:
-        """Reads a compiled task for `model`.
+        """Reads a compiled task for `model`, whose floating-point type it takes on.
 
         Raises:
             UserError: no such file, another kind of file, or a task compiled by another model.
@@ -85,6 +85,8 @@ class CompiledTask:
             tensors["memory"],
             tensors["mask"],
         )
+        # What another precision's model compiled: the decoder reads I in its weights' type.
+        state = _as_type(state, model.dtype)
         model.keep_instructions(state)
         return cls(metadata["instruction"], state, shape)
 
@@ -189,6 +191,16 @@ def _rows(ids: Tensor, mask: Tensor) -> list[tuple[bytes, Tensor]]:
     lengths = mask.sum(dim=1).tolist()
     on_host = ids.cpu().numpy()
     return [(on_host[at, :length].tobytes(), ids[at, :length]) for at, length in enumerate(lengths)]
+
+
+def _as_type(state: TaskState, dtype: torch.dtype) -> TaskState:
+    assert state.memory is not None
+    return replace(
+        state,
+        adapters={site: LowRank(a.to(dtype), b.to(dtype)) for site, (a, b) in state.adapters.items()},
+        fusion={block: (keys.to(dtype), values.to(dtype)) for block, (keys, values) in state.fusion.items()},
+        memory=state.memory.to(dtype),
+    )
 
 
 def _mask(state: TaskState) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from tagi_ds.config import RunConfig
@@ -20,6 +22,7 @@ from tagi_ds.launch import Stage
 from tagi_ds.model import TagiForConditionalGeneration
 from tagi_ds.model.backbone import load_backbone
 from tagi_ds.stages import evaluate as stage
+from tagi_ds.stages import evaluated_models
 from tests.teachers.conftest import make_tasks, write_sni
 
 _CONTROLS = (" (random instruction)", " (shuffled instruction)")
@@ -78,6 +81,7 @@ def test_every_method_has_its_rows_and_its_file(
         assert results["examples"] == 15
         assert list(results["intervals"]["test"]) == ["exact_match", "rouge_l"]
         assert results["leaks"]["test"]["instruction"]["shared"] == 0
+        assert "left_out" not in results
         lines = (folder / row / "leaderboard" / "test.jsonl").read_text().splitlines()
         # data.max_instances, which draws training instances, has no say in which are tested.
         assert [json.loads(line)["id"] for line in lines] == [f"task{t}-{at}" for t in (1, 2, 3) for at in range(5)]
@@ -102,13 +106,27 @@ def test_every_method_has_its_rows_and_its_file(
 
 
 def test_run_again_it_leaves_the_same_bytes(
-    config: RunConfig, tiny_tagi: TagiForConditionalGeneration, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    config: RunConfig,
+    sni: Path,
+    tiny_tagi: TagiForConditionalGeneration,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
 ) -> None:
+    config.data.sni_dir, config.data.malformed = str(shutil.copytree(sni, tmp_path / "sni")), "skip"
+    french, broken, poor = (tmp_path / f"sni/tasks/{name}.json" for name in ("french", "broken", "task1"))
+    french.write_text(json.dumps(read_json(poor) | {"Output_language": ["French"]}))
+    broken.write_text("{")
+    poor.write_text(json.dumps(read_json(poor) | {"Instances": [{}, *read_json(poor)["Instances"]]}))
+    with (tmp_path / "sni/splits/default/test_tasks.txt").open("a") as split:
+        split.write("\nfrench\nbroken")
     config.evaluation.methods = {"tagi": _save(tiny_tagi, tiny_tokenizer, tmp_path / "m")}
     config.evaluation.controls, config.evaluation.max_instances = ["shuffled"], 2
     _run(config)
     file = Path(config.study_dir) / "evaluate" / "tagi" / "results.json"
     first = file.read_bytes()
+    assert json.loads(first)["left_out"] == {
+        "test": {"malformed": {"task1": 1, "broken": 1}, "gone": ["broken"], "other_languages": ["french"]}
+    }
     _run(config)
     assert file.read_bytes() == first, "answers and costs are taken over"
     shutil.rmtree(file.parent)
@@ -117,6 +135,65 @@ def test_run_again_it_leaves_the_same_bytes(
     assert again.pop("cost")
     assert before.pop("cost")
     assert again == before
+
+
+def test_all_methods_and_later_starts_answer_in_one_precision(
+    config: RunConfig,
+    tiny_tagi: TagiForConditionalGeneration,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tagi = _save(tiny_tagi, tiny_tokenizer, tmp_path / "m")
+    config.evaluation.methods = {"plain": str(tiny_folder), "tagi": tagi, "untrained": stage.UNTRAINED}
+    config.evaluation.max_instances = 2
+    folder, loaded = Path(config.study_dir) / "evaluate", []
+    load = stage.load_method
+
+    def noting(*given: Any) -> Any:
+        model, identity = load(*given)
+        loaded.append({parameter.dtype for parameter in model.parameters()})
+        return model, identity
+
+    def answers() -> tuple[set[str], set[str]]:
+        """Of all methods the precision, and the keys of the answers."""
+        results = [read_json(folder / method / "results.json") for method in config.evaluation.methods or {}]
+        lines = [line for file in folder.glob("*/predictions/*.jsonl") for line in file.read_text().splitlines()]
+        return {each["precision"] for each in results}, {json.loads(line)["key"] for line in lines}
+
+    monkeypatch.setattr(stage, "load_method", noting)
+    monkeypatch.setattr(evaluated_models, "native_precision", lambda device: "bf16")
+    _run(config)
+    (precisions, narrow), bf16 = answers(), [{torch.bfloat16}] * 3
+    assert (precisions, loaded) == ({"bf16"}, bf16)
+    # Another machine goes on in what the first one chose; a method that is done is not done again.
+    monkeypatch.undo()
+    monkeypatch.setattr(stage, "load_method", noting)
+    (folder / "tagi" / "results.json").unlink()
+    _run(config)
+    assert (loaded, answers()) == ([*bf16, {torch.bfloat16}], ({"bf16"}, narrow))
+    # In another precision nothing of it is taken over.
+    config.evaluation.precision = "fp32"
+    _run(config)
+    precisions, wide = answers()
+    assert (precisions, loaded[4:]) == ({"fp32"}, [{torch.float32}] * 3)
+    assert not wide & narrow
+    cost = read_json(folder / "tagi" / "results.json")["flops"]["test"]["operations"]
+    assert cost["compiled"] < cost["concatenated"]
+
+
+def test_a_model_that_no_gpu_takes_is_refused_before_it_is_loaded(
+    config: RunConfig, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.evaluation.methods, config.evaluation.precision = {"plain": str(tiny_folder)}, "bf16"
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 10**9))
+    monkeypatch.setattr(stage, "load_method", lambda *_: pytest.fail("it is loaded"))
+    ranks = replace(current(), device=torch.device("cuda", 0))
+    with pytest.raises(
+        UserError, match=r"^plain \(.*own_head\) has 0\.0 GB of weights in bf16, and 0\.0 of 1\.0 GB are"
+    ):
+        stage.run(Stage("evaluate", config, ranks, Path(config.study_dir) / "evaluate"))
 
 
 def test_a_model_of_another_backbone_is_refused(

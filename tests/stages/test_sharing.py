@@ -10,7 +10,7 @@ import pytest
 from tagi_ds.config import RunConfig
 from tagi_ds.engine import distributed
 from tagi_ds.launch import Stage
-from tagi_ds.stages.sharing import items_of_this_job, traces_of
+from tagi_ds.stages.sharing import agreed, items_of_this_job, traces_of
 
 ITEMS = ["a", "b", "c"]
 
@@ -59,6 +59,12 @@ def test_an_error_gives_the_item_back(tmp_path: Path) -> None:
     with pytest.raises(StopIteration):
         next(turns)
     assert do(stage, ITEMS) == ITEMS
+
+
+def test_what_the_first_job_says_holds_for_all_and_after_restarts(tmp_path: Path) -> None:
+    said = [agreed(stage_in(tmp_path), "type", lambda answer=answer: {"type": answer}) for answer in ("a", "b")]
+    assert said == [{"type": "a"}, {"type": "a"}]
+    assert agreed(stage_in(tmp_path), "size", lambda: {"size": 3}) == {"size": 3}
 
 
 def test_another_model_in_the_same_place_is_noticed(tmp_path: Path) -> None:
