@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from launchers import answer, monitor, prepare, report, submit
 from tagi_ds import recipe
-from tagi_ds.config import STAGES
+from tagi_ds.config import STAGES, DataConfig
+from tagi_ds.convert.model_folder import write_prompt
 from tagi_ds.data import __main__ as data_command
 from tagi_ds.data import program_tasks
 from tagi_ds.errors import UserError
@@ -138,13 +139,16 @@ def test_its_python_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (snippet,) = [block for language, block in BLOCKS if language == "python"]
+    texts, ids = [block for language, block in BLOCKS if language == "python"]
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/quickstart/convert/model")
     tiny_tagi.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    write_prompt(folder, DataConfig(max_target_tokens=5))
+    exec(compile(texts, "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 2
     names: dict = {}
-    exec(compile(snippet, "README.md", "exec"), names)
+    exec(compile(ids, "README.md", "exec"), names)
     assert len(names["answers"]) == 2
     assert names["task"].instruction == "move the colour to the front"
     assert Path("colour_to_front.safetensors").is_file()
