@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tagi_ds.data.examples import Task
 from tagi_ds.data.own_tokenizer import own_tokenizer
 from tagi_ds.data.tokenizer import load_tokenizer
 from tagi_ds.errors import UserError
-from tagi_ds.initial import load_initial
+from tagi_ds.initial import Initial, mark_of
 from tagi_ds.methods import METHODS
 from tagi_ds.model.adapter import Site, find_sites
 from tagi_ds.model.backbone import backbone_class, content_hash, empty_backbone, load_backbone, resolve_folder
@@ -26,6 +26,7 @@ from tagi_ds.model.head import accept_reader
 from tagi_ds.model.start import Gather, whole
 from tagi_ds.model.tagi import TagiForConditionalGeneration
 from tagi_ds.model.weights import Held, materialize, read_backbone
+from tagi_ds.teachers.bank import common_a
 from tagi_ds.teachers.binding import data_binding, teacher_binding
 from tagi_ds.teachers.distillation import Distillation
 from tagi_ds.teachers.logit_store import LogitStore
@@ -120,7 +121,7 @@ def build_tagi(
     config: RunConfig,
     dtype: torch.dtype = torch.float32,
     gather: Gather = whole,
-    shared_a: dict[str, torch.Tensor] | None = None,
+    shared_a: Mapping[str, torch.Tensor] | None = None,
     construction: contextlib.AbstractContextManager[Any] | None = None,
     held: Held | None = None,
     stage_costs: list[float] | None = None,
@@ -137,7 +138,8 @@ def build_tagi(
         dtype: of the parameters.
         gather: makes sharded parameters whole.
         construction: entered while the hypernetwork's modules are made.
-        shared_a: site -> A (r, d_in) of the teachers, for `model.a: shared`.
+        shared_a: site -> A (r, d_in) of the teachers, for `model.a: shared`. None: the one that the run's seed gives to
+            teachers and hypernetworks alike.
         held: chooses the parameters that get values; the others stay on the meta device. None: all get them.
         stage_costs: of the model, for `held`: what each of its stage units costs, in any measure.
     """
@@ -160,10 +162,16 @@ def build_tagi(
         materialize(model, held(model))
         read_backbone(model.backbone, folder)
         model.start_hypernetwork(settings.fusion_start, seed=config.seed)
-    if shared_a is not None:
-        model.hypernetwork.set_shared_a(shared_a, gather)
+    a = None
+    if settings.a == "shared":
+        a = shared_a if shared_a is not None else common_a(model.site_table, settings.rank, config.seed)
     if settings.initial is not None:
-        load_initial(model, Path(settings.initial), gather)
+        initial = Initial(Path(settings.initial))
+        initial.load(model, gather)
+        a = a and initial.shared_a(model, a, is_the_teachers=shared_a is not None)
+    if a is not None:
+        model.hypernetwork.set_shared_a(a, gather)
+        model.shared_a_mark = mark_of(a)
     model.freeze()
     # What follows draws alike, whatever building has drawn.
     torch.manual_seed(config.seed)

@@ -40,7 +40,7 @@ class ModelConfig:
     sites: list[str] = field(default_factory=lambda: ["q", "v"])
     """Adapted linears of every attention (q, k, v, o) and feed-forward (wi, wo)."""
     a: Literal["generated", "shared"] = "generated"
-    """`shared`: A is one frozen matrix a site, as in the teachers' store, and only B is generated."""
+    """`shared`: A is one frozen matrix a site, drawn by the seed as the teachers' is, and only B is generated."""
     bottleneck: int = 64
     """Width m of the generator's two-layer MLP."""
     head: Literal["full", "slot"] = "full"
@@ -324,6 +324,10 @@ class EvaluationConfig:
     evaluation. P3: drawn, the same under each template of a data set; the published evaluation counts all."""
     beams: int = 1
     """Beams; 1 is greedy."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type in which every method answers, whatever type its folder has: `auto` is bf16 on a GPU that computes in it and
+    fp32 elsewhere (without TF32), and for all jobs of a run folder what it is for the first. Each process holds a whole
+    copy: of 11B parameters 22 GB in bf16, 44 GB in fp32."""
     controls: list[Control] = field(default_factory=list)
     """Further rows for every method: `random`, the instruction of another task; `shuffled`, the words of its own in
     another order. They show what the instruction is worth."""

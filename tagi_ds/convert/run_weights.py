@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from tagi_ds.build import build_scratch, build_tagi, study_backbone
 from tagi_ds.config import RunConfig
 from tagi_ds.engine.trained import TrainedParameters
 from tagi_ds.errors import UserError
+from tagi_ds.files import read_json
 from tagi_ds.model.adapter import find_sites
 from tagi_ds.model.backbone import empty_backbone
+from tagi_ds.model.tagi import TagiForConditionalGeneration
 from tagi_ds.model.weights import WeightFiles
 from tagi_ds.teachers.parameter_store import ParameterStore
 
@@ -45,7 +47,7 @@ class RunWeights:
         self._config, self._tagi = config, stage in HYPERNETWORK_STAGES
         self._new = stage == "backbone" or (stage == "meta_train" and config.model.initial == "scratch")
         self._lora = stage == "meta_train" and config.model.meta_lora
-        self._trained = TrainedParameters(checkpoint)
+        self._checkpoint, self._trained = checkpoint, TrainedParameters(checkpoint)
         self.model = self._outline(tokenizer)
         self._check_trained(checkpoint)
 
@@ -81,15 +83,31 @@ class RunWeights:
     def _outline(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         config, settings = self._config, self._config.model
         if self._tagi:
-            # What an earlier run trained, this one trained on: only a frozen A may come from there.
-            settings = settings if settings.a == "shared" else dataclasses.replace(settings, initial=None)
-            shared_a = _shared_a(config)
-            return build_tagi(dataclasses.replace(config, model=settings), shared_a=shared_a, held=_frozen_hypernetwork)
+            return self._with_its_a()
         if self._new:
             with torch.device("meta"):
                 return build_scratch(config, tokenizer)
         dropout: dict[str, Any] = {} if settings.dropout is None else {"dropout_rate": settings.dropout}
         return empty_backbone(study_backbone(config), **dropout)
+
+    def _with_its_a(self) -> PreTrainedModel:
+        """A TAGI model with the frozen A of the run, if it has one, wherever the run had it from."""
+        settings = self._config.model
+        alone = dataclasses.replace(self._config, model=dataclasses.replace(settings, initial=None))
+        ways: list[Callable[[], TagiForConditionalGeneration]] = [lambda: build_tagi(alone, held=_frozen_hypernetwork)]
+        if settings.a == "shared" and settings.initial is not None:
+            ways.append(lambda: build_tagi(self._config, held=_frozen_hypernetwork))
+        if settings.a == "shared" and self._config.loss.alignment:
+            ways.append(lambda: build_tagi(alone, shared_a=_teachers_a(self._config), held=_frozen_hypernetwork))
+        recorded = read_json(self._checkpoint / "state.json")["run"]["extra"].get("shared_a")
+        for build in ways:
+            model = build()
+            if model.shared_a_mark == recorded:
+                return model
+        raise UserError(
+            f"{self._checkpoint} was trained under a frozen A (model.a shared) that is not to be had any more",
+            "put the teachers' store and the model.initial back with which the run began",
+        )
 
     def _check_trained(self, checkpoint: Path) -> None:
         """The checkpoint must hold exactly what trains."""
@@ -133,10 +151,7 @@ def _frozen_hypernetwork(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in model.hypernetwork.parameters() if not parameter.requires_grad]
 
 
-def _shared_a(config: RunConfig) -> dict[str, Tensor] | None:
-    """The teachers' common A, which is frozen and hence not in the checkpoint."""
-    if config.model.a != "shared" or not config.loss.alignment:
-        return None
+def _teachers_a(config: RunConfig) -> dict[str, Tensor]:
     return ParameterStore(
         Path(config.loss.parameter_store or Path(config.study_dir) / "train_teachers" / "store")
     ).common_a()

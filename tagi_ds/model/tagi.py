@@ -57,6 +57,8 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
     backbone: Any  # one of backbone.ARCHITECTURES
     stage_costs: list[float] | None = None
     """What each of :meth:`stage_units` costs, in any measure; None: alike."""
+    shared_a_mark: str | None = None
+    """With `a: shared`, which A the run has (:func:`tagi_ds.initial.mark_of`)."""
     parameters_are_sharded: bool = False
     """Set by engines that release a module's parameters once the gradient of its inputs is known, and at once where no
     input needs one: the hypernetwork's input then asks for a gradient, so that its parameters stay for its backward."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tagi_ds.build import build_tagi, load_study_tokenizer, open_distillation
@@ -153,7 +154,7 @@ def stage_costs(stage: Stage) -> list[float] | None:
 
 
 def _build(
-    strategy: Strategy, config: RunConfig, costs: list[float] | None, shared_a: Any = None
+    strategy: Strategy, config: RunConfig, costs: list[float] | None, shared_a: Mapping[str, Tensor] | None = None
 ) -> TagiForConditionalGeneration:
     with strategy.model_context():
         model = build_tagi(

@@ -24,6 +24,7 @@ from tagi_ds.engine.trainer import BatchSource, Trainer
 from tagi_ds.errors import UserError
 from tagi_ds.launch import Stage
 from tagi_ds.model.backbone import content_hash
+from tagi_ds.model.tagi import TagiForConditionalGeneration
 
 VALIDATION_EXAMPLES = 64
 """Examples in a validation batch."""
@@ -127,7 +128,8 @@ def train(
     evaluate = None
     if validation_batches and validation_objective is not None:
         evaluate = validation(stage, strategy, validation_objective, validation_batches)
-    record = BackboneRecord(config, stage.name)
+    mark = model.shared_a_mark if isinstance(model, TagiForConditionalGeneration) else None
+    record = BackboneRecord(config, stage.name, mark)
     fitted = Trainer(
         strategy,
         objective,
@@ -198,33 +200,39 @@ def main_settings(stage: Stage) -> dict[str, str | float]:
 
 
 class BackboneRecord:
-    """The content hash of a run's backbone, carried by its checkpoints; a run does not go on with another one.
+    """What of a run's model does not train, carried by its checkpoints: a run does not go on with another.
 
     Args:
         config: of the run.
         stage: its name; a run that starts from random weights has no backbone.
+        shared_a: mark of the frozen A, with `model.a: shared`.
     """
 
-    def __init__(self, config: RunConfig, stage: str) -> None:
-        self.folder, self.hash = None, None
+    def __init__(self, config: RunConfig, stage: str, shared_a: str | None = None) -> None:
+        self.folder, self.hash, self.shared_a = None, None, shared_a
         if stage != "backbone" and config.model.initial != "scratch":
             self.folder = study_backbone(config)
             self.hash = content_hash(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"backbone_hash": self.hash}
+        return {"backbone_hash": self.hash, "shared_a": self.shared_a}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compares with a checkpoint's record.
 
         Raises:
-            UserError: the backbone's weights have changed since.
+            UserError: the backbone's weights, or the frozen A, have changed since.
         """
         if state.get("backbone_hash", self.hash) != self.hash:
             raise UserError(
                 f"the backbone in {self.folder} is not the one that this run began with: its weights differ",
                 "put the run's own backbone back into that folder, or choose another --output_dir",
+            )
+        if state.get("shared_a") != self.shared_a:
+            raise UserError(
+                "the run began with another frozen A (model.a shared): its teachers or its model.initial have changed",
+                "put those back with which it began, or choose another --output_dir",
             )
 
 

@@ -77,6 +77,6 @@ def train_run(stage: str, backbone: Path, folder: Path, batch: Batch, *flags: st
     strategy = make_strategy(config.engine, distributed.current())
     strategy.prepare(model, config.optimizer, config.engine.steps)
     monitor = Monitor(run_dir, stage, config.engine.steps)
-    record = BackboneRecord(config, stage)
+    record = BackboneRecord(config, stage, getattr(model, "shared_a_mark", None))
     Trainer(strategy, objective, SameBatch(batch), config.engine, run_dir, monitor, extra_state=record).fit()
     return model.eval(), config
