@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tagi_ds.config import DataConfig, RunConfig
 from tagi_ds.data import sni
@@ -99,7 +101,21 @@ def group_tasks(config: DataConfig, spec: str, seed: int) -> list[Task]:
     return selection.tasks(names)
 
 
-def evaluated_tasks(config: DataConfig, spec: str, most: int) -> list[Task]:
+@dataclass(frozen=True)
+class EvaluatedGroup:
+    """What a group is tested on.
+
+    Attributes:
+        tasks: with the instances that count.
+        left_out: what the tasks are without (`Selection.omitted`); ``cut`` of P3 alone, where the published evaluation
+            counts all rows.
+    """
+
+    tasks: list[Task]
+    left_out: dict[str, Any]
+
+
+def evaluated_group(config: DataConfig, spec: str, most: int) -> EvaluatedGroup:
     """The tasks of one group with the instances that are tested; neither seed nor limits of training bear on them.
 
     Of SNI these are the first ones, as in the published evaluation; of P3 all rows, which is the published evaluation,
@@ -113,7 +129,10 @@ def evaluated_tasks(config: DataConfig, spec: str, most: int) -> list[Task]:
         UserError: as `group_tasks`.
     """
     selection, names = _selection(config, spec, most)
-    return selection.tasks(names)
+    tasks, left_out = selection.tasks(names), selection.omitted
+    if not spec.startswith(P3):
+        left_out.pop("cut", None)
+    return EvaluatedGroup(tasks, left_out)
 
 
 def left_out(config: DataConfig, seed: int) -> int:

@@ -124,7 +124,7 @@ def _groups(config: RunConfig) -> tuple[dict[str, list[Task]], list[str]]:
     groups, notes = {}, []
     for name, spec in catalogue.evaluation_groups(config).items():
         try:
-            groups[name] = catalogue.evaluated_tasks(config.data, spec, config.evaluation.max_instances)
+            groups[name] = catalogue.evaluated_group(config.data, spec, config.evaluation.max_instances).tasks
         except UserError as error:
             notes.append(f"group {name}: {error.problem}")
     return groups, notes

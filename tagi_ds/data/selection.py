@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,9 @@ class Selection:
     rows: Rows
     _rows_left_out: int = 0
     _files_left_out: int = 0
+    _malformed: dict[str, int] = field(default_factory=dict)
+    _gone: list[str] = field(default_factory=list)
+    _cut: dict[str, int] = field(default_factory=dict)
     _named: list[MalformedRow] = field(default_factory=list)
     _foreign: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -85,6 +89,16 @@ class Selection:
     def left_out(self) -> int:
         """Malformed rows, and malformed files of which nothing can be read, that `tasks` left out."""
         return self._rows_left_out + self._files_left_out
+
+    @property
+    def omitted(self) -> dict[str, Any]:
+        """What the tasks chosen so far are without, JSON-able; what there is nothing of is not in it.
+
+        ``malformed``: task -> rows and files of it that cannot be read; ``gone``: tasks of which nothing can be read;
+        ``other_languages``: tasks; ``cut``: task -> rows that can be read, where fewer were chosen.
+        """
+        found = {"malformed": self._malformed, "gone": self._gone, "other_languages": list(self._foreign)}
+        return {name: entries for name, entries in {**found, "cut": self._cut}.items() if entries}
 
     def tasks(self, names: Sequence[str]) -> list[Task]:
         """The tasks of these names that are of the wanted language and can be read.
@@ -102,7 +116,10 @@ class Selection:
                 continue
             if record.malformed and not self._tolerates(record):
                 continue
-            chosen.append(self.index.task(name, self.rows(self.index, record)))
+            rows = self.rows(self.index, record)
+            if len(rows) < record.examples:
+                self._cut[name] = record.examples
+            chosen.append(self.index.task(name, rows))
         if not chosen and self._foreign:
             raise UserError(
                 f"no task of split {Path(self.split).stem} in {self.index.facts['address']} is English",
@@ -122,11 +139,13 @@ class Selection:
                     f"{self.split} names {name}, but {path} is missing",
                     "fetch the task file, or take its name out of the split",
                 )
-            self._count([MalformedRow(f"tasks/{name}.json", WHOLE_FILE, "is missing")], 1)
+            self._count(name, [MalformedRow(f"tasks/{name}.json", WHOLE_FILE, "is missing")], 1)
+            self._gone.append(name)
             return None
         record = self.index.record(name)
         if record.is_broken and self.config.malformed == "skip":
-            self._count(record.malformed_rows, record.malformed)
+            self._count(name, record.malformed_rows, record.malformed)
+            self._gone.append(name)
             return None
         if record.is_broken:
             raise malformed_error(self.index.facts["address"], record.malformed_rows[0], record.malformed)
@@ -136,11 +155,14 @@ class Selection:
         """Counts a task's malformed rows; False where none of its rows is left."""
         if self.config.malformed == "error":
             raise malformed_error(self.index.facts["address"], record.malformed_rows[0], record.malformed)
-        self._count(record.malformed_rows, record.malformed)
+        self._count(record.name, record.malformed_rows, record.malformed)
+        if not record.examples:
+            self._gone.append(record.name)
         return record.examples > 0
 
-    def _count(self, rows: Sequence[MalformedRow], count: int) -> None:
-        """Counts `count` malformed rows, of which `rows` are the first."""
+    def _count(self, name: str, rows: Sequence[MalformedRow], count: int) -> None:
+        """Counts `count` malformed rows of a task, of which `rows` are the first."""
+        self._malformed[name] = count
         files = sum(row.row == WHOLE_FILE for row in rows)
         self._files_left_out += files
         self._rows_left_out += count - files

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tagi_ds.config import DataConfig
-from tagi_ds.data.catalogue import evaluated_tasks
+from tagi_ds.data.catalogue import evaluated_group
 from tagi_ds.errors import UserError
 from tagi_ds.evaluation.comparison import compare, comparison_table, intervals_of
 from tagi_ds.evaluation.leaderboard import match, read_leaderboard
@@ -56,7 +56,7 @@ def score(options: argparse.Namespace) -> tuple[dict[str, Any], Table]:
         english_only=options.english_only,
         index_dir=options.index_dir,
     )
-    tasks = evaluated_tasks(data, options.split, options.instances)
+    tasks = evaluated_group(data, options.split, options.instances).tasks
     require_examples(options.split, tasks)
     predictions = match(path, answers, tasks, options.missing, options.unknown)
     results: dict[str, Any] = {"method": path.stem, "split": options.split_folder}

@@ -82,6 +82,8 @@ def score_blocks(methods: Methods, evaluations: Results) -> Iterator[Block]:
     )
     for group, lacking in _missing(evaluations).items():
         yield Paragraph(f"{words(group)} lacks {', '.join(lacking)}: its average is not the published one.")
+    for group, told in _left_out(evaluations).items():
+        yield Paragraph(f"{words(group)} is scored without {'; without '.join(told)}.")
     yield Table(["method", *(f"{words(group)}: {METRIC_NAMES[metric]}" for group, metric in columns)], rows)
     yield Picture("scores", "Scores of every method by group", score_bars(shown, groups, intervals))
 
@@ -198,6 +200,23 @@ def _task_groups(evaluations: Results) -> list[str]:
 def _missing(evaluations: Results) -> dict[str, Sequence[str]]:
     found = {group: names for each in evaluations.values() for group, names in each.get("missing", {}).items()}
     return {group: names for group, names in found.items() if names}
+
+
+def _left_out(evaluations: Results) -> dict[str, list[str]]:
+    """Group -> what its scores are without, in words."""
+    found = {group: left_out for each in evaluations.values() for group, left_out in each.get("left_out", {}).items()}
+    told: dict[str, list[str]] = {}
+    for group, left_out in found.items():
+        malformed, cut = left_out.get("malformed", {}), left_out.get("cut", {})
+        gone, foreign = left_out.get("gone", []), left_out.get("other_languages", [])
+        parts = [
+            (malformed, f"malformed rows and files ({sum(malformed.values())}, tasks: {len(malformed)})"),
+            (gone, f"tasks of which nothing can be read ({', '.join(gone)})"),
+            (foreign, f"tasks in other languages ({len(foreign)})"),
+            (cut, f"some rows of templates ({len(cut)}), which the published evaluation counts all"),
+        ]
+        told[group] = [text for there, text in parts if there]
+    return told
 
 
 def _score(score: float | None, between: Interval | None) -> str:

@@ -15,6 +15,9 @@
     per_dataset        group -> data set -> {the accuracies, "median", "q1", "q3", "min", "max" over templates,
                        "templates", "examples"}; ranked groups alone ("anli" of HyperT5's subset has the accuracies)
     missing            group -> data sets of MTest11 that were not there; without them averages are not comparable
+    left_out           group -> what its scores are without, as far as there is any: {"malformed": {task: rows and files
+                       that cannot be read}, "gone": tasks of which nothing can be read, "other_languages": tasks,
+                       "cut": {template of P3: rows that there are, where evaluation.max_instances counts fewer}}
     empty              group -> answers without any text
     intervals          group -> metric -> [low, high]: 95 %, bootstrap over tasks (of ranked groups over data sets)
     controls           control -> group -> metric -> {"score", "difference": own - control, "interval", "p_value",

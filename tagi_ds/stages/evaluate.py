@@ -11,13 +11,14 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tagi_ds.build import build_tagi, load_study_tokenizer, study_backbone
+from tagi_ds.build import load_study_tokenizer, study_backbone
 from tagi_ds.config import Control, DataConfig, RunConfig
-from tagi_ds.data.catalogue import P3, evaluated_tasks, evaluation_groups, training_split
+from tagi_ds.data.catalogue import P3, EvaluatedGroup, evaluated_group, evaluation_groups, training_split
 from tagi_ds.data.collate import Collator, Form
 from tagi_ds.data.examples import Task
 from tagi_ds.data.leaks import find_group_leaks, leak_counts
 from tagi_ds.engine.distributed import barrier, main_first
+from tagi_ds.engine.exhaustion import memory_told
 from tagi_ds.errors import UserError
 from tagi_ds.evaluation.adapter_map import MAP_FILE, write_adapter_map
 from tagi_ds.evaluation.board import write_board
@@ -31,14 +32,19 @@ from tagi_ds.evaluation.predictions import key_of
 from tagi_ds.evaluation.results import RESULTS_FILE, evaluate
 from tagi_ds.files import read_json, write_json
 from tagi_ds.launch import Stage
-from tagi_ds.model.backbone import content_hash, load_backbone
+from tagi_ds.model.precision import DTYPES, Precision, require_room
 from tagi_ds.model.tagi import TagiForConditionalGeneration
+from tagi_ds.stages.evaluated_models import (
+    UNTRAINED,
+    agreed_precision,
+    load_method,
+    memory_advice,
+    precision_key,
+    weight_folders,
+)
 from tagi_ds.stages.sharing import items_of_this_job, traces_of
 from tagi_ds.study import MODELS
 from tagi_ds.teachers.binding import data_binding
-
-UNTRAINED = "untrained"
-"""In the place of a folder: a new hypernetwork on the study's backbone."""
 
 Groups = Mapping[str, Sequence[Task]]
 
@@ -51,7 +57,9 @@ def run(stage: Stage) -> dict[str, Any]:
     config = stage.config
     tokenizer = load_study_tokenizer(config)
     tokens = scored_tokens(config.data.split, config.evaluation.tokenizer)
-    groups = evaluation_tasks(config)
+    found = evaluated_groups(config)
+    groups = {name: group.tasks for name, group in found.items()}
+    left_out = {name: group.left_out for name, group in found.items() if group.left_out}
     methods = config.evaluation.methods or study_methods(Path(config.study_dir))
     if not methods:
         raise UserError(
@@ -61,18 +69,22 @@ def run(stage: Stage) -> dict[str, Any]:
     _require_folders(methods)
     binding = data_binding(config.data, [task for tasks in groups.values() for task in tasks], tokenizer)
     leaks = _leaks(config, groups) if stage.ranks.is_main else {}
-    evaluation = _Evaluation(stage, tokenizer, tokens, groups, binding, leaks)
-    items = {_item(config, method, source): (method, source) for method, source in methods.items()}
+    precision = agreed_precision(stage)
+    for method, source in methods.items():
+        require_room(f"{method} ({source})", weight_folders(config, source), precision, stage.ranks.device)
+    evaluation = _Evaluation(stage, tokenizer, tokens, groups, left_out, binding, leaks, precision)
+    items = {_item(config, method, source, precision): (method, source) for method, source in methods.items()}
 
     def is_there(item: str) -> bool:
         return (stage.run_dir / items[item][0] / RESULTS_FILE).is_file()
 
     for method, source in map(items.__getitem__, items_of_this_job(stage, list(items), is_there)):
-        model, identity = _load(config, source, method, tokenizer)
-        model.to(stage.ranks.device)
-        rows = evaluation.rows(model, identity, method)
-        # An untrained hypernetwork costs what a trained one does, and its updates are zero.
-        evaluation.complete(model, identity, method, rows, trained=source != UNTRAINED)
+        with memory_told(f"evaluate, {method} in {precision}", config.engine, memory_advice(config, precision)):
+            model, identity = load_method(config, source, method, tokenizer, DTYPES[precision])
+            model.to(stage.ranks.device)
+            rows = evaluation.rows(model, identity, method)
+            # An untrained hypernetwork costs what a trained one does, and its updates are zero.
+            evaluation.complete(model, identity, method, rows, trained=source != UNTRAINED)
     for _ in items_of_this_job(stage, [f"board-{key_of(list(items))}"], lambda _: True):
         main_first(lambda: write_board(stage.run_dir))
     names = [row_name(method, control) for method in methods for control in (None, *config.evaluation.controls)]
@@ -84,10 +96,10 @@ def row_name(method: str, control: Control | None) -> str:
     return method if control is None else f"{method} ({control} instruction)"
 
 
-def _item(config: RunConfig, method: str, source: str) -> str:
-    """A method in the list of work; another model in the same place is other work."""
+def _item(config: RunConfig, method: str, source: str, precision: Precision) -> str:
+    """A method in the list of work; another model in the same place is other work, and another precision too."""
     folder = study_backbone(config) if source == UNTRAINED else Path(source)
-    return f"{method}-{key_of(source, traces_of(folder))}"
+    return f"{method}-{key_of(source, traces_of(folder), *precision_key(precision).values())}"
 
 
 @dataclass(frozen=True)
@@ -97,16 +109,20 @@ class _Evaluation:
     Attributes:
         tokens: what ROUGE-L compares on the cross-lingual track.
         groups: group -> tasks with the examples that count.
+        left_out: group -> what these are without, for the results files.
         binding: what answers depend on beside the model.
         leaks: for the results files.
+        precision: in which they all answer.
     """
 
     stage: Stage
     tokenizer: PreTrainedTokenizerBase
     tokens: SubwordTokens | None
     groups: Groups
+    left_out: Mapping[str, Any]
     binding: Mapping[str, Any]
     leaks: Mapping[str, Any]
+    precision: Precision
 
     def rows(self, model: PreTrainedModel, identity: str, method: str) -> dict[str, dict[str, Any]]:
         """The method's results under its tasks' own instructions and under each control, by the rows' names."""
@@ -134,8 +150,10 @@ class _Evaluation:
                     "setting": setting_name(config.data),
                     "instruction": control or "own",
                     "leaks": self.leaks,
+                    **({"left_out": self.left_out} if self.left_out else {}),
                     "model": identity,
                     "form": _form(model),
+                    "precision": self.precision,
                 },
                 encode_choice,
                 self.tokens,
@@ -174,7 +192,8 @@ class _Evaluation:
 
     def fingerprint(self, identity: str) -> dict[str, Any]:
         """All that the answers of a model depend on, beside instruction and input."""
-        return {**self.binding, "model": identity, "beams": self.stage.config.evaluation.beams}
+        beams = self.stage.config.evaluation.beams
+        return {**self.binding, "model": identity, "beams": beams, **precision_key(self.precision)}
 
     def _map(self, model: Any, identity: str, path: Path) -> None:
         tasks = {group: [task.name for task in tasks] for group, tasks in self.groups.items()}
@@ -192,14 +211,14 @@ class _Evaluation:
         measured_cost(model, self.groups, collators, generation, settings.cost_tasks, path, key)
 
 
-def evaluation_tasks(config: RunConfig) -> dict[str, list[Task]]:
+def evaluated_groups(config: RunConfig) -> dict[str, EvaluatedGroup]:
     """Group -> its tasks with the instances that are tested, `evaluation.max_instances` of each at the most.
 
     Raises:
-        UserError: as :func:`tagi_ds.data.catalogue.evaluated_tasks`.
+        UserError: as :func:`tagi_ds.data.catalogue.evaluated_group`.
     """
     most = config.evaluation.max_instances
-    return {name: evaluated_tasks(config.data, spec, most) for name, spec in evaluation_groups(config).items()}
+    return {name: evaluated_group(config.data, spec, most) for name, spec in evaluation_groups(config).items()}
 
 
 def setting_name(data: DataConfig) -> str:
@@ -255,51 +274,6 @@ def _require_folders(methods: dict[str, str]) -> None:
 
 def _form(model: PreTrainedModel) -> Form:
     return "hypernetwork" if isinstance(model, TagiForConditionalGeneration) else "concatenated"
-
-
-def _load(
-    config: RunConfig, source: str, method: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, str]:
-    """A model in evaluation mode, and what identifies it.
-
-    Raises:
-        UserError: it is of another backbone than the study's, or does not fit the study's tokenizer.
-    """
-    if source == UNTRAINED:
-        config.model.initial = None
-        model: PreTrainedModel = build_tagi(config)
-        identity = f"{UNTRAINED} {config.seed} {model.config.backbone_hash}"
-    elif (settings := read_json(Path(source) / "config.json")).get("model_type") == "tagi":
-        named = config.model.backbone
-        # A folder of the hypernetwork alone says where its backbone lay when it was trained; the run knows better.
-        elsewhere = {"backbone": named} if settings.get("backbone_apart") and named is not None else {}
-        model = TagiForConditionalGeneration.from_pretrained(source, **elsewhere)
-        identity = content_hash(Path(source))
-        _require_backbone(config, model, method, source)
-    else:
-        model = load_backbone(Path(source))
-        identity = content_hash(Path(source))
-    embeddings: Any = model.get_input_embeddings()
-    pieces = embeddings.num_embeddings
-    if pieces < len(tokenizer):
-        raise UserError(
-            f"{method} ({source}) knows {pieces} pieces, but the study's tokenizer has {len(tokenizer)}",
-            "its backbone is another one: name it as --model.backbone, or evaluate it in its own study",
-        )
-    return model.eval(), identity
-
-
-def _require_backbone(config: RunConfig, model: Any, method: str, source: str) -> None:
-    try:
-        backbone = study_backbone(config)
-    except UserError:
-        # A model folder brings all that it needs; only a backbone that is there can be the wrong one.
-        return
-    if model.config.backbone_hash and model.config.backbone_hash != content_hash(backbone):
-        raise UserError(
-            f"{method} ({source}) was trained on another backbone than {backbone}",
-            "name its own as --model.backbone, or evaluate it in its own study",
-        )
 
 
 def _line(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -16,7 +16,7 @@ from tagi_ds.data.mixture import fingerprint
 from tagi_ds.data.task_index import EXAMPLES, RawTask, TaskIndex
 from tagi_ds.engine import distributed
 from tagi_ds.errors import UserError
-from tagi_ds.stages.evaluate import evaluation_tasks
+from tagi_ds.stages.evaluate import evaluated_groups
 from tests.data.test_sni import GOOD, write
 from tests.distributed import run_ranks
 
@@ -246,10 +246,13 @@ def test_rows_of_p3_are_tested_whatever_seed_and_training_cap(p3: Path, tmp_path
     def tested(most: int, **data: object) -> list[list[str]]:
         config.evaluation.max_instances = most
         run = replace(config, data=replace(config.data, **data))  # type: ignore[arg-type]
-        return [[e.id.split("/")[-1] for e in task.examples] for task in evaluation_tasks(run)["reviews"]]
+        return [[e.id.split("/")[-1] for e in task.examples] for task in evaluated_groups(run)["reviews"].tasks]
 
     assert [len(rows) for rows in tested(100)] == [60, 59], "the cap on training examples has no say"
+    assert evaluated_groups(config)["reviews"].left_out == {"malformed": {"imdb_Was_it": 1}}
     some = tested(30)
+    cut = {"imdb_Is_it": 60, "imdb_Was_it": 59}
+    assert evaluated_groups(config)["reviews"].left_out == {"malformed": {"imdb_Was_it": 1}, "cut": cut}
     assert [len(rows) for rows in some] == [30, 30]
     assert len(set(some[0]) ^ set(some[1])) <= 2, "both templates have the same reviews, but for what cannot be read"
     assert some[0] != [str(n) for n in range(30)], "drawn: the first ones may be of one kind"
@@ -286,7 +289,7 @@ _FIRST = """
 import os, sys, time
 from tagi_ds.engine.distributed import barrier, leave, main_first, start
 from tagi_ds.errors import UserError
-from tagi_ds.stages.evaluate import evaluation_tasks
+from tagi_ds.stages.evaluate import evaluated_groups
 ranks = start(20)
 def work():
     assert ranks.is_main

@@ -60,6 +60,10 @@ def results_of(method: str, shift: float, form: str, instruction: str = "own") -
         "per_category": {"unseen": average_categories(free), "mtest11": average_categories(ranked, accuracies)},
         "per_dataset": {"mtest11": datasets},
         "missing": {"mtest11": ["anli/r1"]},
+        "left_out": {
+            "unseen": {"malformed": {"a": 2, "b": 5}, "gone": ["b"], "other_languages": ["c"]},
+            "mtest11": {"cut": {"super_glue_cb_0": 56}},
+        },
     }
     results["intervals"] = intervals_of(results)
     return results

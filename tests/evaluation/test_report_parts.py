@@ -86,6 +86,11 @@ def test_every_part_is_there_in_one_file_of_its_own(study: Path) -> None:
     assert all((study / link).read_bytes().startswith(b"\x89PNG") for link in linked)
     for name in PARTS:
         assert f"## {name}" in markdown
+    told = (
+        "unseen is scored without malformed rows and files (7, tasks: 2); without tasks of which nothing can be read "
+    )
+    assert f"{told}(b); without tasks in other languages (1)." in text
+    assert "mtest11 is scored without some rows of templates (1), which the published evaluation counts all" in text
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
