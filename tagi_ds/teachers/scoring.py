@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -43,7 +44,8 @@ class Sums(NamedTuple):
     targets: Tensor
 
 
-class _Asked(NamedTuple):
+@dataclass(frozen=True)
+class _Asked:
     """A batch of N examples, and whose they are.
 
     Attributes:
@@ -84,9 +86,9 @@ class Scorer:
 
     def _sums(self, asked: _Asked) -> Sums:
         """Each teacher's sums over its own examples, with gradients."""
-        batch, index, runs = asked
+        batch, index = asked.batch, asked.index
         reader = TargetReader(batch.labels)
-        figures: Figures = self.bank(batch.input_ids, batch.attention_mask, batch.labels, runs, reader)
+        figures: Figures = self.bank(batch.input_ids, batch.attention_mask, batch.labels, asked.runs, reader)
         nll = figures.label.sum(1)
         real = _real(batch)
         # Under teacher forcing a target is predicted whole just where greedy decoding would write it.
@@ -116,9 +118,8 @@ class Scorer:
         scores: list[list[float]] = [[] for _ in self.units]
         for part in self._parts(places):
             rows = self._rows(part)
-            batch, _, runs = self._collate(rows)
-            longest = self.collator.config.max_target_tokens
-            answers = self.bank.answer(batch.input_ids, batch.attention_mask, runs, longest).cpu()
+            asked, longest = self._collate(rows), self.collator.config.max_target_tokens
+            answers = self.bank.answer(asked.batch.input_ids, asked.batch.attention_mask, asked.runs, longest).cpu()
             texts = self.collator.tokenizer.batch_decode(answers, skip_special_tokens=True)
             for (i, _, example), text in zip(rows, texts, strict=True):
                 scores[i].append(rouge_l(text, example.references))

@@ -157,7 +157,8 @@ def test_recomputed_blocks_keep_their_inputs_alone_and_give_the_same_bits(
         backbone = load_backbone(tiny_folder).eval()
         if recomputed:
             recompute_blocks(backbone)
-        scorer, kept, runs = scorer_of(backbone, units, input_collator, 8), [], []
+        scorer, kept = scorer_of(backbone, units, input_collator, 8), []
+        runs: list[int] = []
         backbone.get_encoder().block[0].layer[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
 
         def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
