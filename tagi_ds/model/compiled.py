@@ -64,7 +64,7 @@ class CompiledTask:
         Raises:
             UserError: no such file, another kind of file, or a task compiled by another model.
         """
-        mend = "compile the instruction again with this model: launchers/convert.py --to compiled"
+        mend = "compile the instruction again with this model: launchers/convert.py --convert.to compiled"
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -138,11 +138,11 @@ class CompiledTasks:
 
     @torch.no_grad()
     def of(self, instruction_ids: Tensor, instruction_attention_mask: Tensor) -> TaskState:
-        """The state of U instructions (U, S), padded right; that of one is the kept one itself."""
+        """The state of U instructions (U, S), padded on either side; that of one is the kept one itself."""
         found = []
         for key, real in _rows(instruction_ids, instruction_attention_mask):
             if key not in self._states:
-                self._states[key] = self._compile(real[None])
+                self._states[key] = self._compile(real[None].to(instruction_ids.device))
             self._states.move_to_end(key)
             found.append(self._states[key])
         taken = sum(map(_bytes, self._states.values()))
@@ -187,10 +187,9 @@ def stack(states: Sequence[TaskState]) -> TaskState:
 
 
 def _rows(ids: Tensor, mask: Tensor) -> list[tuple[bytes, Tensor]]:
-    """Of each instruction (S,) a name and its ids without padding."""
-    lengths = mask.sum(dim=1).tolist()
-    on_host = ids.cpu().numpy()
-    return [(on_host[at, :length].tobytes(), ids[at, :length]) for at, length in enumerate(lengths)]
+    """Of each instruction (S,) a name and its ids without padding, on the host."""
+    rows = [row[real] for row, real in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
+    return [(row.numpy().tobytes(), row) for row in rows]
 
 
 def _as_type(state: TaskState, dtype: torch.dtype) -> TaskState:

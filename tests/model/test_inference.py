@@ -149,6 +149,22 @@ def test_stacked_states_are_those_of_a_padded_batch(tiny_tagi: TagiForConditiona
         assert projected.shape[:2] == found.mask.shape, name  # type: ignore[union-attr]
 
 
+def test_padding_on_the_left_is_padding_too(tiny_tagi: TagiForConditionalGeneration, ask: Ask) -> None:
+    batch = ask([0, 1, 2])
+    names = ("instruction_ids", "instruction_attention_mask")
+    lengths = batch[names[1]].sum(1).tolist()
+    shifted = {
+        name: torch.stack([row.roll(-length) for row, length in zip(batch[name], lengths, strict=True)])
+        for name in names
+    }
+    assert not torch.equal(shifted[names[1]], batch[names[1]])
+    with Inference(tiny_tagi) as inference:
+        expected = inference.generate(batch, NEW_TOKENS)
+        assert torch.equal(inference.generate({**batch, **shifted}, NEW_TOKENS), expected)
+    with Inference(tiny_tagi) as inference:
+        assert torch.equal(inference.generate({**batch, **shifted}, NEW_TOKENS), expected), "of what is not kept yet"
+
+
 def test_the_memory_for_compiled_tasks_is_bounded(
     tiny_tagi: TagiForConditionalGeneration, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
