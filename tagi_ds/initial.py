@@ -127,8 +127,7 @@ class Initial:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         found = {name: name for name in self._values.shapes if name.startswith("hypernetwork.")}
-        for parameter in trained:
-            aliases = names[parameter]
+        for aliases in (names[key] for key in trained):
             found[aliases[0]] = next((name for name in aliases if name in self._values.shapes), aliases[0])
         return found
 

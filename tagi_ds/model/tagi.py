@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TagiOutput(Seq2SeqLMOutput):
-    """Logits (N, T, vocabulary) or what was read of them, and the state that the instructions gave, for losses on the
-    adapters."""
+    """Logits (N, T, vocabulary) and with labels their loss, or what was read of them; and the state that the
+    instructions gave, for losses on the adapters."""
 
     state: TaskState | None = None
     figures: Figures | None = None
@@ -315,7 +316,8 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
             read: takes figures from the logits of some positions at a time, which then never exist together.
 
         Returns:
-            logits (N, T, vocabulary), or with `read` its figures, and the state.
+            logits (N, T, vocabulary), or with `read` its figures, and the state; with `labels` and without `read` also
+            the loss, the mean cross-entropy over the labels that are not -100, as of transformers' T5.
         """
         if state is None:
             assert instruction_attention_mask is not None
@@ -342,7 +344,11 @@ class TagiForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.backbone.config.scale_decoder_outputs:
             hidden = hidden * self.backbone.model_dim**-0.5
         found = self.backbone.lm_head(hidden, read)
+        loss = None
+        if labels is not None and read is None:
+            loss = functional.cross_entropy(found.flatten(0, 1), labels.flatten(), ignore_index=-100)
         return TagiOutput(
+            loss=loss,
             logits=found if read is None else None,
             figures=None if read is None else found,
             past_key_values=decoded.past_key_values,

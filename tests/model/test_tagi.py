@@ -14,6 +14,7 @@ from tagi_ds.errors import UserError
 from tagi_ds.losses import label_loss
 from tagi_ds.model import TagiForConditionalGeneration
 from tagi_ds.model.backbone import load_backbone, parameters_to_train
+from tagi_ds.reading import TargetReader
 from tests.conftest import MakeTagi, model_inputs
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -136,6 +137,26 @@ def test_gradient_checkpointing_with_two_micro_batches_in_flight(make_tagi: Make
     assert any(g.abs().max() > 1e-3 for g in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_labels_give_the_loss_that_t5_gives(
+    make_tagi: MakeTagi, tiny_backbone: PreTrainedModel, tiny_batch: Batch
+) -> None:
+    """What transformers' Trainer minimises; a reader's figures stand in its place."""
+    inputs = {"input_ids": tiny_batch.input_ids, "attention_mask": tiny_batch.attention_mask}
+    expected = tiny_backbone(**inputs, labels=tiny_batch.labels).loss
+    start = make_tagi(stirred=False, concatenate=False)(**model_inputs(tiny_batch)).loss
+    assert torch.equal(start, expected)
+    model = make_tagi()
+    output = model(**model_inputs(tiny_batch))
+    counted = (tiny_batch.labels != -100).sum()
+    torch.testing.assert_close(output.loss, label_loss(output.logits, tiny_batch.labels) / counted)
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.hypernetwork.parameters())
+    given = model_inputs(tiny_batch)
+    labels = given.pop("labels")
+    assert model(**given, decoder_input_ids=model.backbone._shift_right(labels)).loss is None
+    assert model(**given, labels=labels, read=TargetReader(labels)).loss is None
 
 
 def test_training_leaves_the_backbone_as_it_is(make_tagi: MakeTagi, tiny_batch: Batch) -> None:
