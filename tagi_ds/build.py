@@ -27,7 +27,7 @@ from tagi_ds.model.start import Gather, whole
 from tagi_ds.model.tagi import TagiForConditionalGeneration
 from tagi_ds.model.weights import Held, materialize, read_backbone
 from tagi_ds.teachers.bank import common_a
-from tagi_ds.teachers.binding import data_binding, teacher_binding
+from tagi_ds.teachers.binding import data_binding, dataset_fingerprint, input_binding, teacher_binding
 from tagi_ds.teachers.distillation import Distillation
 from tagi_ds.teachers.logit_store import LogitStore
 from tagi_ds.teachers.logit_teacher import load_teacher, named_teacher, teacher_folder
@@ -142,9 +142,13 @@ def build_tagi(
             teachers and hypernetworks alike.
         held: chooses the parameters that get values; the others stay on the meta device. None: all get them.
         stage_costs: of the model, for `held`: what each of its stage units costs, in any measure.
+
+    Raises:
+        UserError: there is no such backbone, fusion cannot begin as the recipe says, or `model.initial` does not fit.
     """
     settings = config.model
     folder = study_backbone(config)
+    _check_fusion_start(settings, folder)
     if held is None:
         backbone = load_backbone(folder, dtype, **_overrides(settings))
         model = TagiForConditionalGeneration.from_backbone(
@@ -176,6 +180,20 @@ def build_tagi(
     # What follows draws alike, whatever building has drawn.
     torch.manual_seed(config.seed)
     return model
+
+
+def _check_fusion_start(settings: ModelConfig, folder: Path) -> None:
+    """Fusion begins as the backbone's self-attention only where it is as wide; said before anything is loaded."""
+    fuses = settings.fusion and METHODS[settings.method].fusion and settings.fusion_start == "backbone"
+    if not fuses or settings.fusion_heads is None:
+        return
+    heads = AutoConfig.from_pretrained(folder).num_heads
+    if settings.fusion_heads != heads:
+        raise UserError(
+            f"model.fusion_heads {settings.fusion_heads} with model.fusion_start backbone, whose attention has {heads} "
+            "heads",
+            "set model.fusion_start random, or leave model.fusion_heads out",
+        )
 
 
 def tagi_config(settings: ModelConfig, backbone: Path | None) -> TagiConfig:
@@ -225,7 +243,6 @@ def open_distillation(
     """
     loss, study = config.loss, Path(config.study_dir)
     logits = parameters = online = None
-    data: dict[str, Any] = data_binding(config.data, tasks, tokenizer) if loss.kl > 0 or loss.alignment else {}
     if loss.kl > 0 and loss.logits == "online":
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         backbone = study_backbone(config)
@@ -234,6 +251,7 @@ def open_distillation(
     elif loss.kl > 0:
         folder = Path(loss.logit_store or study / "store_logits" / "store")
         teacher = {**teacher_binding(config.teachers), **named_teacher(config, study_backbone(config))}
+        data = data_binding(config.data, tasks, tokenizer)
         logits = LogitStore(folder, {**data, **teacher, "seed": config.seed})
     if loss.alignment:
         folder = Path(loss.parameter_store or study / "train_teachers" / "store")
@@ -242,7 +260,8 @@ def open_distillation(
         expected: dict[str, Any] = {"backbone": content_hash(backbone), "unit": config.teachers.unit, "sites": sites}
         if loss.alignment_form == "mse":
             expected["rank"] = config.model.rank
-        parameters = ParameterStore(folder, {**data, **expected})
+        inputs = {**input_binding(config.data, tasks, tokenizer), "dataset": dataset_fingerprint(tasks)}
+        parameters = ParameterStore(folder, {**inputs, **expected})
     return Distillation(logits, parameters, loss, online)
 
 

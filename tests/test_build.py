@@ -131,6 +131,18 @@ def test_a_hypernetwork_of_another_backbone_is_refused(
         build_tagi(config_of(tiny_folder, initial=str(tmp_path / "model")))
 
 
+def test_narrower_fusion_cannot_begin_as_the_backbones_attention(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = build_tagi(config_of(tiny_folder, fusion_heads=2, fusion_start="random"))
+    assert narrow.hypernetwork.fusion is not None
+    for fits in ({"fusion_heads": 4}, {"fusion_heads": 2, "fusion": False}, {"fusion_heads": 2, "method": "hint"}):
+        build_tagi(config_of(tiny_folder, **fits))
+    monkeypatch.setattr("tagi_ds.build.load_backbone", lambda *_, **__: pytest.fail("loaded before it was refused"))
+    with pytest.raises(UserError, match=r"fusion_heads 2 .* has 4 heads\n.*fusion_start random"):
+        build_tagi(config_of(tiny_folder, fusion_heads=2))
+
+
 def test_pickled_weights_are_read_by_stage_too(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
     torch.save(load_file(tiny_folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
