@@ -20,6 +20,7 @@ from tagi_ds.teachers.binding import MANIFEST, damaged_files, read_manifest
 
 KINDS = {
     parameter_store.FORMAT: (parameter_store, parameter_faults.contradictions),
+    parameter_store.EARLIER: (parameter_store, parameter_faults.contradictions),
     logit_store.FORMAT: (logit_store, logit_faults.contradictions),
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tagi_ds.files import json_text, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
+INPUT_FIELDS = ("prompt", "max_source_tokens", "max_target_tokens")
+"""Those of PROMPT_FIELDS that decide what is read of an example without its instruction."""
 
 
 def dataset_fingerprint(tasks: Sequence[Task]) -> str:
@@ -30,9 +33,19 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def data_binding(config: DataConfig, tasks: Sequence[Task], tokenizer: Any) -> dict[str, Any]:
-    """The part of a store's binding that both stores share: data set, prompt format, tokenizer."""
+    """What a store of figures of whole prompts is bound to: data set, prompt format, tokenizer."""
     prompt = {name: getattr(config, name) for name in PROMPT_FIELDS}
     return {"dataset": dataset_fingerprint(tasks), "tokenizer": tokenizer_hash(tokenizer), **prompt}
+
+
+def input_binding(config: DataConfig, tasks: Sequence[Task], tokenizer: Any) -> dict[str, Any]:
+    """What a store of models of bare inputs is bound to: no wording of an instruction, and no demonstration.
+
+    `inputs` is the fingerprint of the tasks without them: names, units, examples and references.
+    """
+    bare = [replace(task, definition="", paraphrases=(), positives=(), negatives=()) for task in tasks]
+    prompt = {name: getattr(config, name) for name in INPUT_FIELDS}
+    return {"inputs": dataset_fingerprint(bare), "tokenizer": tokenizer_hash(tokenizer), **prompt}
 
 
 def teacher_binding(config: TeacherConfig) -> dict[str, Any]:
@@ -51,13 +64,14 @@ def content_checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path, kind: str, command: str) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: str, command: str, earlier: Collection[str] = ()) -> dict[str, Any]:
     """A store's manifest, as :func:`write_manifest` wrote it.
 
     Args:
         folder: the store.
         kind: what the manifest's ``format`` must be.
         command: the launcher that makes such a store, for the mend.
+        earlier: values of ``format`` from before `kind` that the caller reads too.
 
     Raises:
         UserError: missing, unfinished, not JSON, of another kind, or altered since it was written.
@@ -66,7 +80,7 @@ def read_manifest(folder: Path, kind: str, command: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder} is not a finished store: manifest.json is missing", f"make it with {command}")
     manifest = read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+    if not isinstance(manifest, dict) or manifest.get("format") not in (kind, *earlier):
         raise UserError(f"{file} is not of the kind {kind!r}", f"make the store with {command}")
     # The text as well: not a byte of a store may have changed unnoticed, be it one without a meaning.
     as_written = file.read_bytes() == json_text(manifest).encode()

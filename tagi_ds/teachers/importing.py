@@ -8,7 +8,6 @@ from typing import Any
 
 from tagi_ds.build import backbone_sites
 from tagi_ds.config import Unit
-from tagi_ds.data.prompts import PROMPT_FIELDS
 from tagi_ds.data.tokenizer import load_tokenizer
 from tagi_ds.engine.progress import Progress
 from tagi_ds.errors import UserError
@@ -16,7 +15,7 @@ from tagi_ds.files import whole_folder
 from tagi_ds.model.adapter import ATTENTION_KINDS, FEED_FORWARD_KINDS, Site
 from tagi_ds.model.backbone import content_hash, resolve_folder
 from tagi_ds.teachers import parameter_store
-from tagi_ds.teachers.binding import tokenizer_hash
+from tagi_ds.teachers.binding import INPUT_FIELDS, tokenizer_hash
 from tagi_ds.teachers.peft_adapters import PeftFolder
 
 
@@ -61,7 +60,7 @@ def import_adapters(source: Path, store: Path, backbone: str, unit: Unit) -> dic
         }
         header = {
             "binding": binding,
-            "unbound": ["dataset", *PROMPT_FIELDS],
+            "unbound": ["inputs", *INPUT_FIELDS],
             "gauge": "own" if common is None else "frozen",
             "sites": names,
             "rank": adapters.rank,

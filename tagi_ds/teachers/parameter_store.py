@@ -27,7 +27,10 @@ from tagi_ds.files import sha256_of, whole_file
 from tagi_ds.model.adapter import LowRank
 from tagi_ds.teachers.binding import damaged_files, read_manifest, require_fit, write_manifest
 
-FORMAT = "tagi_ds parameter store 2"
+FORMAT = "tagi_ds parameter store 3"
+EARLIER = "tagi_ds parameter store 2"
+"""Still read. It is bound to a data set as a whole, `dataset`, where the present one is bound to what its teachers read
+of it, `inputs`; and it names how many demonstrations an instruction had, which no teacher reads."""
 COMMAND = "launchers/train_teachers.py"
 COMMON = "common.safetensors"
 HEADER = "tagi_ds"
@@ -136,7 +139,8 @@ class ParameterStore:
 
     Args:
         folder: the store.
-        binding: fields that must agree with the run's: backbone, dataset, tokenizer, prompt, unit, sites.
+        binding: fields that must agree with the run's: backbone, tokenizer, prompt, unit, sites, and the fingerprint of
+            the inputs, beside that of the data set for stores of the :data:`EARLIER` format.
 
     Raises:
         UserError: unfinished, incomplete, or bound to something else.
@@ -144,8 +148,9 @@ class ParameterStore:
 
     def __init__(self, folder: Path, binding: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
-        self.manifest = read_manifest(folder, FORMAT, COMMAND)
-        unbound = self.manifest.get("unbound", ())
+        self.manifest = read_manifest(folder, FORMAT, COMMAND, [EARLIER])
+        of_another_time = "dataset" if self.manifest["format"] == FORMAT else "inputs"
+        unbound = (of_another_time, *self.manifest.get("unbound", ()))
         expected = {key: value for key, value in (binding or {}).items() if key not in unbound}
         require_fit(folder, self.manifest["binding"], expected, COMMAND)
         self.sites: list[str] = self.manifest["sites"]

@@ -15,7 +15,7 @@ from tagi_ds.data.catalogue import training_split
 from tagi_ds.model.adapter import Site
 from tagi_ds.model.backbone import content_hash
 from tagi_ds.teachers.bank import common_a
-from tagi_ds.teachers.binding import content_checksum, data_binding
+from tagi_ds.teachers.binding import content_checksum, input_binding
 from tagi_ds.teachers.units import Unit, make_units
 from tagi_ds.teachers.warm_start import WarmStart
 
@@ -72,7 +72,7 @@ def make_plan(config: RunConfig) -> Plan:
         names = [unit.name for unit in taught]
         warm = WarmStart(Path(teachers.warm_start), sites, config.model.rank, scaling, teachers.train_a, names)
     binding = {
-        **data_binding(config.data, tasks, tokenizer),
+        **input_binding(config.data, tasks, tokenizer),
         "backbone": content_hash(folder),
         "unit": teachers.unit,
         "sites": [site.name for site in sites],

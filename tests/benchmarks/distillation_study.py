@@ -25,7 +25,7 @@ from tagi_ds.model.adapter import LowRank
 from tagi_ds.model.backbone import content_hash
 from tagi_ds.stages import hypernetwork, store_logits
 from tagi_ds.teachers import parameter_store
-from tagi_ds.teachers.binding import data_binding
+from tagi_ds.teachers.binding import input_binding
 from tagi_ds.teachers.logit_store import LogitStore
 
 T5_VOCABULARY = 32_128
@@ -87,7 +87,7 @@ def make_parameter_store(config: RunConfig, tasks: list[Task]) -> None:
         units[unit] = {"aligned": True}
     names = [site.name for site in sites]
     binding = {
-        **data_binding(config.data, tasks, load_study_tokenizer(config)),
+        **input_binding(config.data, tasks, load_study_tokenizer(config)),
         "backbone": content_hash(backbone),
         "unit": config.teachers.unit,
         "sites": names,

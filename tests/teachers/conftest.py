@@ -21,7 +21,7 @@ from tests.teachers.stage_process import STAGES, make_config, run_stage
 SITES = {"encoder.q": (6, 5), "decoder.v": (4, 7)}
 """Site -> d_in, d_out of the hand-made parameter store."""
 RANK, SCALING = 3, 2.0
-BINDING = {"backbone": "b" * 64, "tokenizer": "t" * 64, "dataset": "d" * 64, "sites": list(SITES), "unit": "task"}
+BINDING = {"backbone": "b" * 64, "tokenizer": "t" * 64, "inputs": "d" * 64, "sites": list(SITES), "unit": "task"}
 LOGIT_HEADER = {"method": "topk", "temperature": 1.0, "vocabulary": 330}
 WORDS = ("lamp", "chair", "bell", "box")
 

@@ -122,6 +122,23 @@ def test_files_at_odds_with_the_manifest_are_named(
     assert fault is None or "unit-" in printed
 
 
+def test_a_store_of_the_earlier_format_is_bound_to_its_data_set(
+    parameter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binding = {**BINDING, "dataset": "d" * 64, "prompt": "plain", "positives": 0, "negatives": 0, "explanations": False}
+    del binding["inputs"]
+    with monkeypatch.context() as before:
+        before.setattr(parameter_store, "FORMAT", parameter_store.EARLIER)
+        rewrite(parameter_folder, "weak", random_factors(3), binding=binding)
+    assert read_json(parameter_folder / "manifest.json")["format"] == "tagi_ds parameter store 2"
+    run = {"inputs": "i" * 64, "dataset": "d" * 64, "prompt": "plain", "unit": "task"}
+    assert "one" in ParameterStore(parameter_folder, run)
+    for field in ("dataset", "prompt"):
+        with pytest.raises(UserError, match=f"differing: {field} "):
+            ParameterStore(parameter_folder, {**run, field: "other"})
+    assert main(["verify", str(parameter_folder)]) == 0
+
+
 def test_files_of_no_unit_are_named(parameter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parameter_store.write_unit(parameter_folder, "stray", random_factors(9), {})
     (parameter_folder / ".unit-half.safetensors.12-ab.part").write_bytes(b"half")
@@ -165,7 +182,7 @@ def test_imported_adapters_give_pefts_own_logits(adapters: Path, tiny_folder: Pa
     arguments = ["import", str(adapters), str(store_folder), "--backbone", str(tiny_folder), "--unit", "task"]
     assert main(arguments) == 0
     assert main(["verify", str(store_folder)]) == 0
-    store = ParameterStore(store_folder, {"dataset": "anything", "prompt": "plain", "unit": "task"})
+    store = ParameterStore(store_folder, {"inputs": "anything", "prompt": "plain", "unit": "task"})
     with pytest.raises(UserError, match="differing: unit"):
         ParameterStore(store_folder, {"unit": "category"})
     with pytest.raises(UserError, match="have no common A"):

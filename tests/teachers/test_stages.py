@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +25,12 @@ from tagi_ds.stages import train_teachers
 from tagi_ds.teachers import report
 from tagi_ds.teachers.__main__ import main
 from tagi_ds.teachers.bank import TeacherBank
-from tagi_ds.teachers.binding import data_binding
+from tagi_ds.teachers.binding import data_binding, input_binding
 from tagi_ds.teachers.distillation import Distillation
 from tagi_ds.teachers.logit_store import LogitStore
 from tagi_ds.teachers.logit_teacher import ReadingCollator, TeacherReader
 from tagi_ds.teachers.parameter_store import ParameterStore
+from tagi_ds.teachers.plan import make_plan
 from tests.distributed import run_ranks
 from tests.teachers.conftest import Done
 from tests.teachers.stage_process import KILLED, SCRIPT, STAGES, contents, make_config, run_stage
@@ -40,7 +43,8 @@ def test_the_stores_fit_a_run_of_the_same_study(done: Done, tiny_folder: Path) -
     data = data_binding(config.data, tasks, tokenizer)
     logits = LogitStore(Path(config.study_dir) / "store_logits" / "store", {**data, "seed": config.seed})
     folder = Path(config.study_dir) / "train_teachers" / "store"
-    parameters = ParameterStore(folder, {**data, "backbone": content_hash(tiny_folder), "unit": "task"})
+    inputs = input_binding(config.data, tasks, tokenizer)
+    parameters = ParameterStore(folder, {**inputs, "backbone": content_hash(tiny_folder), "unit": "task"})
     distillation = Distillation(logits, parameters, LossConfig(kl=1.0, alignment="sigmoid"))
     source = TaskMixture(tasks, Collator(tokenizer, config.data, "hypernetwork", "task"), config.seed, len(tasks))
     examples = [example.id for task in tasks for example in task.examples]
@@ -50,7 +54,38 @@ def test_the_stores_fit_a_run_of_the_same_study(done: Done, tiny_folder: Path) -
         (batch,) = source.next_step()
         assert distillation.attach(batch).teacher["distributions"].present.all()
     with pytest.raises(UserError, match="differing: unit"):
-        ParameterStore(folder, {**data, "unit": "category"})
+        ParameterStore(folder, {**inputs, "unit": "category"})
+
+
+def test_teachers_of_bare_inputs_serve_every_wording_of_the_instructions(
+    done: Done, sni: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Def + 2 Pos after Def: the store fits, and the stage would make the same one, work list and all."""
+    reworded = tmp_path / "reworded"
+    shutil.copytree(sni, reworded)
+    shot = {"input": "say lamp", "output": "lamp", "explanation": "so it says"}
+    for path in (reworded / "tasks").iterdir():
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "Definition": ["repeat it"], "Positive Examples": [shot]}))
+
+    study = Path(done[0].study_dir)
+    first, other = make_config(study, sni, tiny_folder), make_config(study, reworded, tiny_folder)
+    other.data.positives, other.data.negatives, other.data.explanations = 2, 1, True
+    plans = [make_plan(config) for config in (first, other)]
+    assert plans[0].settings == plans[1].settings
+    assert plans[0].groups.keys() == plans[1].groups.keys()
+    other.loss.alignment = 1.0
+    tasks, _ = training_split(other.data, other.seed)
+    assert all(task.positives and task.definition == "repeat it" for task in tasks)
+    assert open_distillation(other, tasks, load_tokenizer(tiny_folder)).parameters is not None
+    other.data.max_source_tokens = 16
+    assert make_plan(other).settings != plans[0].settings
+    with pytest.raises(UserError, match=r"differing: max_source_tokens \(store: 32, run: 16\)"):
+        open_distillation(other, tasks, load_tokenizer(tiny_folder))
+    answers = [replace(task, examples=[replace(e, references=("box",)) for e in task.examples]) for task in tasks]
+    other.data.max_source_tokens = 32
+    with pytest.raises(UserError, match="differing: inputs"):
+        open_distillation(other, answers, load_tokenizer(tiny_folder))
 
 
 def test_the_stored_logits_are_the_teachers_own(done: Done, tiny_folder: Path) -> None:
