@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,12 +19,18 @@ from torch.nn import functional
 from tagi_ds.errors import UserError
 from tagi_ds.files import whole_file
 from tagi_ds.model.adapter import LowRank, TaskState
+from tagi_ds.model.backbone import parameters_to_train
 from tagi_ds.model.decoder_rows import project_instructions
 
 if TYPE_CHECKING:
     from tagi_ds.model.tagi import TagiForConditionalGeneration
 
-FORMAT = "tagi_ds compiled task 1"
+FORMAT = "tagi_ds compiled task 2"
+_FORMER = "tagi_ds compiled task 1"
+"""Files that do not say which fusion and which weights answer them."""
+_SINCE_2 = ("fusion_heads", "fusion_norm", "answering")
+_SAMPLED = 1024
+"""Values of a parameter that its share of a mark is taken of: training moves all of them."""
 KEPT_BYTES = 2_000_000_000
 """Memory for the compiled tasks of one process: at 11B, rank 32 and instructions of 512 tokens some six of them."""
 
@@ -36,7 +43,7 @@ class CompiledTask:
         instruction: its text, empty where only ids were known.
         state: adapters (1, r, d_in) and (1, d_out, r) by site, fusion memory, decoder memory; and what the decoder's
             attention takes of that, which the file does not have.
-        shape: what a model must have to be answered by it (sites, rank, switches, backbone).
+        shape: of :func:`task_shape`.
     """
 
     instruction: str
@@ -71,9 +78,13 @@ class CompiledTask:
                 tensors = {name: file.get_tensor(name).to(model.device) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is not a compiled task: {error}", mend) from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, _FORMER):
             raise UserError(f"{path} is not a compiled task", mend)
         shape, expected = json.loads(metadata["shape"]), task_shape(model)
+        if metadata["format"] == _FORMER:
+            if expected["answering"] is not None:
+                raise UserError(f"{path} is of an earlier version, which did not note whose weights answer it", mend)
+            expected = {key: value for key, value in expected.items() if key not in _SINCE_2}
         differing = sorted(key for key in expected if shape.get(key) != expected[key])
         if differing:
             raise UserError(f"{path} was compiled by another model: {', '.join(differing)} differ", mend)
@@ -92,10 +103,37 @@ class CompiledTask:
 
 
 def task_shape(model: TagiForConditionalGeneration) -> dict[str, Any]:
-    """What ties a compiled task to a model."""
-    config = model.config
+    """What a model must have to answer a task: sites, rank, switches, fusion, backbone, and what it trained of them."""
+    config, fusion = model.config, model.hypernetwork.fusion
     keys = ("rank", "alpha", "sites", "fusion", "concatenate", "backbone_hash", "own_head")
-    return {key: getattr(config, key) for key in keys} | {"d_model": config.backbone_config.d_model}
+    return {key: getattr(config, key) for key in keys} | {
+        "d_model": config.backbone_config.d_model,
+        "fusion_heads": None if fusion is None else fusion.layers[0].heads,
+        "fusion_norm": None if fusion is None else config.fusion_norm,
+        "answering": _mark_of_answering(model),
+    }
+
+
+@torch.no_grad()
+def _mark_of_answering(model: TagiForConditionalGeneration) -> str | None:
+    """Hex SHA-256 of the trained weights that answer beside the task; None where there are none.
+
+    They are fusion's own attention and what trained of the backbone. Rounded to bfloat16, so that they are the same in
+    every type; of each parameter evenly spaced values, so that 11B take a moment.
+    """
+    answering = {id(parameter) for parameter in parameters_to_train(model.backbone, model.config.also_train)}
+    if model.hypernetwork.fusion is not None:
+        answering |= {id(parameter) for parameter in model.hypernetwork.fusion.layers.parameters()}
+    digest, sampled = hashlib.sha256(), []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in answering:
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            every = max(1, -(-parameter.numel() // _SAMPLED))
+            sampled.append(parameter.flatten()[::every].cpu().bfloat16())
+    if not sampled:
+        return None
+    digest.update(torch.cat(sampled).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tagi_ds.data.examples import Batch
 from tagi_ds.errors import UserError
-from tagi_ds.model import TagiForConditionalGeneration
+from tagi_ds.model import TagiConfig, TagiForConditionalGeneration
 from tagi_ds.model.compiled import CompiledTask
 from tests.conftest import MakeTagi
 
@@ -99,6 +102,58 @@ def test_a_task_of_another_model_is_refused(
     for other in (make_tagi(rank=2), make_tagi(fusion=False), make_tagi(folder=tied_folder)):
         with pytest.raises(UserError, match=r"task\.safetensors was compiled by another model"):
             CompiledTask.load(path, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({}, "hypernetwork.fusion.layers.1.o.weight"),
+        ({}, "hypernetwork.fusion.layers.0.norm.weight"),
+        ({"also_train": "norms", "fusion": False}, "backbone.decoder.final_layer_norm.weight"),
+    ],
+)
+def test_a_task_of_other_training_of_the_same_model_is_refused(
+    settings: dict[str, Any], part: str, make_tagi: MakeTagi, tiny_batch: Batch, tmp_path: Path
+) -> None:
+    """Its adapters and memories would be answered by weights that never knew them."""
+    path, other = tmp_path / "task.safetensors", make_tagi(**settings)
+    make_tagi(**settings).compile_task(one_instruction(tiny_batch)).save(path)
+    CompiledTask.load(path, other)
+    with torch.no_grad():
+        dict(other.named_parameters())[part].add_(0.1)
+    with pytest.raises(UserError, match=r"task\.safetensors was compiled by another model: answering differ"):
+        CompiledTask.load(path, other)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("fusion_heads", {"fusion_heads": 2}), ("fusion_norm", {})])
+def test_a_task_of_another_fusion_is_refused(
+    name: str, settings: dict[str, Any], make_tagi: MakeTagi, tiny_batch: Batch, tmp_path: Path
+) -> None:
+    path, other = tmp_path / "task.safetensors", make_tagi(fusion_norm="post")
+    if settings:
+        config = TagiConfig(**{**other.config.to_dict(), **settings, "fusion_norm": "pre"})
+        other = TagiForConditionalGeneration(config).eval()
+    make_tagi().compile_task(one_instruction(tiny_batch)).save(path)
+    with pytest.raises(UserError, match=rf"another model: .*{name}"):
+        CompiledTask.load(path, other)
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_a_file_that_does_not_say_its_weights_is_read_only_where_none_answer(
+    fusion: bool, make_tagi: MakeTagi, tiny_batch: Batch, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "task.safetensors", make_tagi(fusion=fusion)
+    model.compile_task(one_instruction(tiny_batch)).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    shape = json.loads(metadata["shape"])
+    former = {key: shape[key] for key in shape if key not in ("fusion_heads", "fusion_norm", "answering")}
+    save_file(tensors, path, {**metadata, "format": "tagi_ds compiled task 1", "shape": json.dumps(former)})
+    if fusion:
+        with pytest.raises(UserError, match="earlier version, which did not note whose weights answer it"):
+            CompiledTask.load(path, model)
+    else:
+        assert CompiledTask.load(path, model).state.adapters.keys() == {site.name for site in model.site_table}
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
