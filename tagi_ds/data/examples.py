@@ -92,6 +92,16 @@ class Task:
     collection: str = "sni"
 
 
+UNCATEGORISED = "Uncategorised"
+"""Category of a task of SNI whose data name none."""
+
+
+def without_categories(tasks: Sequence[Task]) -> bool:
+    """Whether none of several tasks of SNI names its category: nothing can then be done by category."""
+    found = [task.category for task in tasks if task.collection == "sni"]
+    return len(found) > 1 and set(found) == {UNCATEGORISED}
+
+
 def unit_of(task: Task, unit: Unit) -> str:
     """Name of the teacher unit that a task belongs to."""
     return {"category": task.category, "task": task.name, "source": task.source}[unit]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from tagi_ds.data.examples import Task
+from tagi_ds.data.examples import Task, without_categories
 from tagi_ds.errors import UserError
 
 Sampling = Literal["size", "uniform", "category"]
@@ -57,7 +57,8 @@ def plan(
         weights: share of each collection; within it the sampling decides. Default: no say in it.
 
     Raises:
-        UserError: a task without examples, or weights that do not name the tasks' collections.
+        UserError: a task without examples, sampling by categories that no task has, or weights that do not name the
+            tasks' collections.
     """
     sizes = np.array([len(task.examples) for task in tasks], dtype=np.int64)
     if not sizes.all():
@@ -82,6 +83,11 @@ def _shares(
     if sampling == "uniform":
         shares = np.ones(len(tasks))
     elif sampling == "category":
+        if without_categories(tasks):
+            raise UserError(
+                f"data.sampling category, and none of the {len(tasks)} training tasks names its category",
+                "set data.sampling size or uniform, or name a checkout of natural-instructions as data.sni_dir",
+            )
         members = Counter((task.collection, task.category) for task in tasks)
         shares = np.array([1 / members[task.collection, task.category] for task in tasks])
     if not weights:

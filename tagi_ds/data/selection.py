@@ -104,7 +104,8 @@ class Selection:
         """The tasks of these names that are of the wanted language and can be read.
 
         Raises:
-            UserError: there is none, or one is malformed and the policy is `error`.
+            UserError: there is none, one is malformed and the policy is `error`, or the instruction is to have examples
+                and no task has any.
         """
         chosen = []
         for name in names:
@@ -127,8 +128,21 @@ class Selection:
             )
         if not chosen:
             raise UserError(f"no task of {self.split} can be read", "fetch the data again, or choose another split")
-        self._say(len(names))
+        self._require_demonstrations(chosen)
+        self._say(len(names), any(self.index.record(task.name).languages for task in chosen))
         return chosen
+
+    def _require_demonstrations(self, tasks: Sequence[Task]) -> None:
+        """Tasks may have fewer than are wanted, as in the published setting; if all have none, it is another one."""
+        if self.config.prompt == "plain" or self.index.facts["collection"] == "p3":
+            return
+        for kind in ("positives", "negatives"):
+            wanted = getattr(self.config, kind)
+            if wanted and not any(getattr(task, kind) for task in tasks):
+                raise UserError(
+                    f"data.{kind} is {wanted}, and none of the {len(tasks)} tasks of {self.split} has such an example",
+                    f"set data.{kind} 0, or name a checkout of natural-instructions (tasks/*.json) as data.sni_dir",
+                )
 
     def _record(self, name: str) -> TaskRecord | None:
         """A task's record, or None where its file is missing or malformed and the policy is to skip it."""
@@ -168,8 +182,8 @@ class Selection:
         self._rows_left_out += count - files
         self._named += rows[: LOGGED - len(self._named)]
 
-    def _say(self, total: int) -> None:
-        """Says, once, which of the split's `total` tasks and their rows are left out."""
+    def _say(self, total: int, languages_known: bool) -> None:
+        """Says, once, which of the split's `total` tasks and their rows are left out, or that languages are unknown."""
         if not is_main():
             return
         if self.left_out:
@@ -184,6 +198,8 @@ class Selection:
             rest = [f"and {len(named) - LOGGED} more"] if len(named) > LOGGED else []
             head = f"data.english_only: left out {len(named)} of {total} tasks of {self.split}"
             _say_once(f"{head}: {', '.join(named[:LOGGED] + rest)}")
+        if self.config.english_only and not languages_known:
+            _say_once(f"data.english_only: no task of {self.split} names its language; all are taken as English")
 
 
 def choose_rows(size: int, limit: int, seed: int, name: str) -> Sequence[int]:

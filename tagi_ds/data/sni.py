@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tagi_ds.data import sni_rows
-from tagi_ds.data.examples import Demonstration, Example
+from tagi_ds.data.examples import UNCATEGORISED, Demonstration, Example
 from tagi_ds.data.fields import first_text, is_scalar, is_unicode, texts
 from tagi_ds.data.remote import PREPARE, find_files, join, open_file, read_bytes
-from tagi_ds.data.task_index import UNCATEGORISED, UNREADABLE, WHOLE_FILE, MalformedRow, RawTask, TaskIndex
+from tagi_ds.data.task_index import UNREADABLE, WHOLE_FILE, MalformedRow, RawTask, TaskIndex
 from tagi_ds.errors import UserError
 
 

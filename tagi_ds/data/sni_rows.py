@@ -1,7 +1,8 @@
 """Super-NaturalInstructions as rows of one example each: task_name, definition, inputs, targets, id.
 
 This is the form of hf://datasets/Muennighoff/natural-instructions: ``train/*.jsonl`` and ``test/*.jsonl`` of the
-default split's English tasks, without categories and demonstrations. Rows are read in one stream and gathered by task.
+default split's English tasks, without categories, demonstrations and languages: what asks for those is refused where
+tasks are chosen. Rows are read in one stream and gathered by task.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tagi_ds.data.examples import Example
+from tagi_ds.data.examples import UNCATEGORISED, Example
 from tagi_ds.data.fields import is_scalar, is_unicode, texts
 from tagi_ds.data.remote import open_file
-from tagi_ds.data.task_index import UNCATEGORISED, WHOLE_FILE, MalformedRow, RawTask, row_of
+from tagi_ds.data.task_index import WHOLE_FILE, MalformedRow, RawTask, row_of
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 HELD_CHARACTERS = 64_000_000

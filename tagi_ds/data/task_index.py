@@ -42,7 +42,6 @@ WHOLE_FILE = -1
 UNREADABLE = -2
 """`MalformedRow.row` where the system refuses a file, whatever it holds: no index is made of that."""
 
-UNCATEGORISED = "Uncategorised"
 _READ_AHEAD = 256
 
 

@@ -9,7 +9,7 @@ from typing import overload
 import numpy as np
 
 from tagi_ds.config import TeacherConfig
-from tagi_ds.data.examples import Example, Task, unit_of
+from tagi_ds.data.examples import Example, Task, unit_of, without_categories
 from tagi_ds.data.order import permutation
 from tagi_ds.errors import UserError
 
@@ -65,8 +65,13 @@ def make_units(tasks: Sequence[Task], config: TeacherConfig, seed: int) -> list[
     Teachers are trained for the first `config.max_units` of them. Examples are not read here.
 
     Raises:
-        UserError: a task does not say what unit it belongs to.
+        UserError: a task does not say what unit it belongs to, or none of SNI's tasks does.
     """
+    if config.unit == "category" and without_categories(tasks):
+        raise UserError(
+            f"teachers.unit category, and none of the {len(tasks)} training tasks names its own: one teacher for all",
+            "set teachers.unit task, or name a checkout of natural-instructions (tasks/*.json) as data.sni_dir",
+        )
     members: dict[str, list[Task]] = {}
     for task in sorted(tasks, key=lambda task: task.name):
         name = unit_of(task, config.unit)

@@ -16,12 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tagi_ds.config import DataConfig
+from tagi_ds.config import DataConfig, TeacherConfig
 from tagi_ds.data import sni, sni_rows
 from tagi_ds.data.catalogue import group_tasks, left_out
 from tagi_ds.data.examples import Demonstration, Task
+from tagi_ds.data.quotas import plan
 from tagi_ds.data.task_index import MalformedRow
 from tagi_ds.errors import UserError
+from tagi_ds.teachers.units import make_units
 
 GOOD: dict[str, Any] = {
     "Definition": ["Add the numbers.\n\n", "Sum up."],
@@ -255,6 +257,36 @@ def test_rows_from_an_address(memory: str, ending: str) -> None:
     with pytest.raises(UserError, match=r"validation_tasks\.txt is missing") as caught:
         read(memory, "validation_tasks")
     assert "test_tasks, train_tasks" in caught.value.mend
+
+
+def test_what_rows_do_not_have_is_not_silently_missed(memory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"{memory}/bare"
+    put(address, {"train/a.jsonl": jsonl(*rows("task1_a", 3), *rows("task2_b", 2))})
+    for kind in ("positives", "negatives"):
+        with pytest.raises(UserError, match=rf"data\.{kind} is 2, and none of the 2 tasks of .*train_tasks") as caught:
+            read(address, **{kind: 2})
+        assert "checkout of natural-instructions" in caught.value.mend
+        assert len(read(address, prompt="plain", **{kind: 2})) == 2, "plain shows none anyway"
+    tasks = read(address)
+    assert (
+        "no task of memory://sets/ni/bare/splits/default/train_tasks.txt names its language" in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="none of the 2 training tasks names its own: one teacher for all"):
+        make_units(tasks, TeacherConfig(unit="category"), 0)
+    assert len(make_units(tasks, TeacherConfig(unit="task"), 0)) == 2
+    assert len(make_units(tasks[:1], TeacherConfig(unit="category"), 0)) == 1
+    with pytest.raises(UserError, match=r"data\.sampling category, and none of the 2 training tasks"):
+        plan(tasks, 1, "category")
+
+
+def test_some_tasks_may_lack_examples_and_categories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = {"Definition": "Say hi.", "Instances": [{"input": "", "output": ["hi"]}]}
+    tasks = read(write(tmp_path, {"a": GOOD, "b": bare}), positives=2, negatives=1)
+    assert {unit.name for unit in make_units(tasks, TeacherConfig(unit="category"), 0)} == {
+        "Mathematics",
+        "Uncategorised",
+    }
+    assert not capsys.readouterr().err
 
 
 def test_a_checkout_and_its_splits_from_an_address(memory: str, tmp_path: Path) -> None:

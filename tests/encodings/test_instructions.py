@@ -34,11 +34,12 @@ from tests.teachers.conftest import make_tasks, write_sni
 
 @pytest.fixture(scope="module")
 def sni(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six tasks, each with a second wording of its own."""
+    """Six tasks, each with a second wording of its own and an example."""
     folder = write_sni(tmp_path_factory.mktemp("sni") / "data", make_tasks())
     for path in (folder / "tasks").iterdir():
         content = json.loads(path.read_text())
         content["Definition"].append(f"{content['Definition'][0]} and again, as {path.stem} says")
+        content["Positive Examples"] = [{"input": "say the lamp", "output": "lamp"}]
         path.write_text(json.dumps(content))
     return folder
 
