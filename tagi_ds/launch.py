@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,9 +20,10 @@ from tagi_ds.config import RunConfig
 from tagi_ds.data.catalogue import prepare_index
 from tagi_ds.engine.distributed import (
     barrier,
+    end,
+    end_after_lost_peer,
     is_lost_peer,
     leave,
-    lost_peers,
     main_first,
     quieten_libraries,
     start,
@@ -37,13 +37,10 @@ from tagi_ds.processes import check_processes
 
 RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
 DEFAULT_RECIPE = RECIPES / "quickstart.yaml"
+ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
 REQUEUED_WAIT_S = 300
 """How long a job that SLURM has requeued waits for its former self to let go of the run folder."""
-LOST_PEER = (
-    "error: {} of this run has ended or does not answer\n"
-    "  mend: what that process printed says why; the same command then goes on"
-)
 
 REAL_DATA = {
     "backbone": "(a published backbone needs no training: give it to the later stages as --model.backbone)",
@@ -103,14 +100,13 @@ def run_stage(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool =
         with _signals_heard():
             _run(name, work, shared)
     except (KeyboardInterrupt, Interrupted):
-        _say_and_leave("interrupted; the same command goes on", INTERRUPTED_STATUS)
+        end(INTERRUPTED_STATUS, "interrupted; the same command goes on", finishing=True)
     except Exception as error:
         if is_lost_peer(error):
-            gone, speaks = lost_peers()
-            _say_and_leave(LOST_PEER.format(gone) if speaks else "", 1, give_way=True)
+            end_after_lost_peer()
         if isinstance(error, UserError):
-            _say_and_leave(f"error: {error}", USER_ERROR_STATUS)
-        _say_and_leave(traceback.format_exc(), 1)
+            end(USER_ERROR_STATUS, f"error: {error}")
+        end(ERROR_STATUS, traceback.format_exc())
 
 
 def _run(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool = False) -> None:
@@ -200,14 +196,3 @@ def _hold(run_dir: Path) -> None:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(1)
-
-
-def _say_and_leave(text: str, status: int, give_way: bool = False) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    if rank != 0 or give_way:
-        # The same error usually stops rank 0 too, which then speaks for all; the launcher ends the others.
-        time.sleep(3)
-    if text:
-        print(f"[rank {rank}] {text}" if rank else text, file=sys.stderr, flush=True)
-    # Exits without the process group's farewell, which would wait for ranks that are gone.
-    os._exit(status)

@@ -36,10 +36,11 @@ def run_ranks(
     check: bool = True,
     env: dict[str, str] | None = None,
     until: Callable[[], bool] | None = None,
+    patience: float = 5,
 ) -> RankResults:
     """Starts `n` processes with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set and waits for them.
 
-    Once a rank has failed, the others get five seconds before they are killed (their status is then -9).
+    Once a rank has failed, the others get `patience` seconds before they are killed (their status is then -9).
 
     Args:
         script_or_module: path of a script, or a module's dotted name.
@@ -55,7 +56,7 @@ def run_ranks(
         logs = [(Path(folder) / f"{rank}.log").open("w+", encoding="utf-8", errors="replace") for rank in range(n)]
         processes = _spawn([*command, *args], logs, env or {})
         try:
-            expired = _wait(processes, time.monotonic() + timeout, until)
+            expired = _wait(processes, time.monotonic() + timeout, until, patience)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -97,13 +98,15 @@ def _spawn(command: list[str], logs: list[IO[str]], extra: dict[str, str]) -> li
     ]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float, until: Callable[[], bool] | None) -> bool:
+def _wait(
+    processes: list[subprocess.Popen[bytes]], deadline: float, until: Callable[[], bool] | None, patience: float
+) -> bool:
     """True when the deadline passed before the ranks ended."""
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline:
             return True
         if any(process.poll() not in (None, 0) for process in processes):
-            deadline = min(deadline, time.monotonic() + 5)
+            deadline = min(deadline, time.monotonic() + patience)
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
             return False

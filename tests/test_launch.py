@@ -230,12 +230,11 @@ def test_an_error_of_one_rank_is_told_once_and_ends_all(failing: int, wraps: boo
     script.write_text(ONE_RANK_FAILS.replace("FAILING", repr(str(failing))).replace("WRAPS", repr(wraps)))
     (tmp_path / "data" / "tokenizer").mkdir(parents=True)
     ended = run_ranks(script, 2, ["--study_dir", str(tmp_path), "--engine.timeout_s", "60"], check=False)
-    assert ended.statuses[failing] == 2, ended.text
-    assert ended.statuses[1 - failing] != 0, ended.text
+    assert ended.statuses == [2, 2], ended.text
     own = ended.outputs[failing]
     prefix = "[rank 1] " if failing else ""
     assert f"{prefix}error: the disk of this machine is full\n  mend: free space on it" in own
-    assert re.search(r"error: (another process|rank \d .*) of this run has ended", ended.outputs[1 - failing])
+    assert "error: " not in ended.outputs[1 - failing]
     assert "Traceback" not in ended.text
     assert "cannot load a file" not in ended.text
     assert not (tmp_path / "backbone" / "done.json").exists()

@@ -78,8 +78,9 @@ requeue_after_death() {
 }
 
 # step WORDS: runs them as every task; their highest status in `status`. Signals that come meanwhile are handed on.
+# Tasks whose peer fails end by themselves, with its status; only after that time does SLURM kill them.
 step() {
-  srun --wait=60 --kill-on-bad-exit=0 "${srun_options[@]}" "${wrap[@]}" "$@" &
+  srun --wait=120 --kill-on-bad-exit=0 "${srun_options[@]}" "${wrap[@]}" "$@" &
   local pid=$!
   while true; do
     status=0

@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tagi_ds.engine.watch import Watch, named
+from tagi_ds.engine.ending import LOST_PEER, LOST_STATUS, speak
+from tagi_ds.engine.signs import lost
+from tagi_ds.engine.watch import Watch
 from tagi_ds.errors import UserError
 
 
@@ -53,6 +55,7 @@ _firsts = 0
 _ASK_S = 0.3
 """Pause between two questions whether rank 0 is done."""
 _HEARD_S = 10.0
+_TURN_S = 3.0
 
 
 def start(timeout_s: int) -> Ranks:
@@ -123,16 +126,34 @@ def at(place: str) -> None:
         _watch.at(place)
 
 
-def lost_peers() -> tuple[str, bool]:
-    """After `is_lost_peer`: which processes have ended and where, in words; whether this is the first of the rest."""
+def end(status: int, text: str, finishing: bool = False) -> NoReturn:
+    """Ends this process on an error, and with it all others of the run, with one status and one line on stderr.
+
+    Args:
+        finishing: the others are about to end likewise, and are given time for that.
+    """
+    if _watch is not None:
+        _watch.ending.declare(status, text, finishing=finishing)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        # The same error usually stops rank 0 too, which then speaks for all; the launcher ends the others.
+        time.sleep(_TURN_S)
+    speak(rank, text)
+    # Exits without the process group's farewell, which would wait for ranks that are gone.
+    os._exit(status)
+
+
+def end_after_lost_peer() -> NoReturn:
+    """Ends the run after `is_lost_peer`: names the processes that have ended, and where."""
     if _watch is None:
-        return "another process", True
+        end(LOST_STATUS, LOST_PEER.format("another process"))
     gone = _watch.silent()
     if not gone:
-        return "another process", True
-    alive = [rank for rank in range(current().world_size) if rank not in gone]
-    places = sorted({_watch.place_of(rank) for rank in gone})
-    return f"{named(gone)} (last seen at {', '.join(places)})", current().rank == min(alive, default=0)
+        end(LOST_STATUS, LOST_PEER.format("another process"))
+    # Where rank 0 has taken the store along, the first of the rest is the one to speak.
+    speaks = 0 not in gone or current().rank == min(set(range(current().world_size)) - set(gone), default=0)
+    told = LOST_PEER.format(lost(gone, [_watch.place_of(rank) for rank in gone]))
+    _watch.ending.declare(LOST_STATUS, told if speaks else "", lost=gone)
 
 
 def current() -> Ranks:

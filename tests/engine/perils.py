@@ -19,7 +19,6 @@ from tagi_ds.config import EngineConfig, OptimizerConfig
 from tagi_ds.engine import distributed
 from tagi_ds.engine.objective import Term
 from tagi_ds.errors import UserError
-from tagi_ds.launch import LOST_PEER
 from tests.engine.toy import ToyBatch, ToyObjective, train
 
 TOO_MUCH = 2**62
@@ -67,9 +66,7 @@ def main() -> None:
         except RuntimeError as error:
             if not distributed.is_lost_peer(error):
                 raise
-            gone, speaks = distributed.lost_peers()
-            print(LOST_PEER.format(gone) if speaks else "", flush=True)
-            os._exit(1)
+            distributed.end_after_lost_peer()
     distributed.leave()
 
 

@@ -18,8 +18,8 @@ from tagi_ds.config import EngineConfig, OptimizerConfig
 from tagi_ds.engine import distributed, exhaustion
 from tagi_ds.engine.exhaustion import MemoryExhaustedError, memory_told, require_space
 from tagi_ds.engine.objective import Term, loss_share
+from tagi_ds.engine.signs import Sign, complaint, sides
 from tagi_ds.engine.step import NonFiniteError
-from tagi_ds.engine.watch import Sign, complaint, sides
 from tagi_ds.errors import UserError
 from tests.distributed import RankResults, run_ranks
 from tests.engine.perils import Perilous
