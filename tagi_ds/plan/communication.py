@@ -6,8 +6,10 @@ into each of n nodes over the network; the slower of the two counts. An all-redu
 ZeRO-2 reduces the trained gradients after every micro-batch — by an all-reduce, DeepSpeed's default
 (`use_multi_rank_bucket_allreduce`) — and gathers the trained parameters after a step. ZeRO-3 gathers the encoder for
 the instructions where the step encodes them, the whole model for the forward and again for the backward pass
-(recomputation shares that one), and scatters the gradients. hpZ gathers the backward's within each node. What is
-offloaded passes between each GPU and its host besides, a shard in every gathering, a share of the gradients down and
+(recomputation shares that one), and scatters the gradients. hpZ gathers within each node from its second copy, in the
+forward pass too: a frozen parameter's copy never expires, a trained one's does with the optimizer's step, so that what
+trains is gathered over all nodes once a step (DeepSpeed 0.19.8, `all_gather_coalesced`, `invalidate_secondary_tensor`).
+What is offloaded passes between each GPU and its host besides, a shard in every gathering, a share of the gradients down and
 of the parameters up again; beside the gathering, so that the slower of the two counts.
 """
 
@@ -31,7 +33,7 @@ class Traffic:
         gather_s: of those.
         reduced: gradients that are reduced a micro-batch (in a pipeline: a step).
         reduce_s: of those.
-        updated_s: gathering updated parameters after a step.
+        updated_s: gathering updated parameters after a step; under hpZ, what that takes beyond gathering in a node.
         passed, pass_s: what one pipeline stage hands to the next for a micro-batch, forward and back.
     """
 
@@ -74,8 +76,10 @@ def traffic_of(shapes: Shapes, work: Workload, layout: Layout, cluster: Cluster)
         encodes = work.tasks and not (work.instruction_cache and shapes.encoding_is_constant)
         encoder = sum(block.backbone for block in shapes.encoder) + shapes.embeddings if encodes else 0
         forward, backward = float(e * (shapes.parameters + encoder)), float(e * shapes.parameters)
-        gather_s = collective_s(cluster, forward, layout.gpus)
-        gather_s += collective_s(cluster, backward, layout.gpus, within_node=layout.hpz)
+        gather_s = collective_s(cluster, forward + backward, layout.gpus, within_node=layout.hpz)
+        # Of the gathers counted there, a step's first of what trains goes over all nodes.
+        renewed_s = collective_s(cluster, gradients, layout.gpus)
+        renewed_s -= collective_s(cluster, gradients, layout.gpus, within_node=layout.hpz)
         shards_s = _host_s(cluster, (forward + backward) / layout.gpus, layout.buffers.offload_parameters)
         share_s = _host_s(cluster, gradients / layout.gpus, layout.buffers.offload_optimizer)
         return Traffic(
@@ -83,7 +87,7 @@ def traffic_of(shapes: Shapes, work: Workload, layout: Layout, cluster: Cluster)
             gather_s=max(gather_s, shards_s),
             reduced=gradients,
             reduce_s=max(collective_s(cluster, gradients, layout.gpus), share_s),
-            updated_s=share_s,
+            updated_s=share_s + renewed_s,
         )
     if layout.strategy == "pipeline":
         return _pipeline(shapes, work, layout, cluster, gradients)

@@ -72,6 +72,15 @@ def test_hpz_pays_where_the_network_is_slow() -> None:
     assert hpz.memory is not None
     assert plain.memory is not None
     assert hpz.memory.peak > plain.memory.peak
+    assert plain.traffic is not None
+    assert hpz.traffic is not None
+    # From each node's copy, forward and backward; what trains has none after the optimizer's step.
+    assert hpz.traffic.gathered == plain.traffic.gathered
+    assert hpz.traffic.gather_s == pytest.approx(collective_s(slow, hpz.traffic.gathered, 32, within_node=True))
+    trained = 2 * count_model(read("sni_xxl"), "finetune").trained
+    across, within = collective_s(slow, trained, 32), collective_s(slow, trained, 32, within_node=True)
+    assert hpz.traffic.updated_s == pytest.approx(across - within)
+    assert hpz.traffic.updated_s > 0
 
 
 def test_at_the_break_even_zero3_gathers_as_long_as_it_computes() -> None:
