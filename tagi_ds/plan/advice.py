@@ -9,14 +9,13 @@ from tagi_ds.config import RunConfig
 from tagi_ds.plan.cluster import Cluster
 from tagi_ds.plan.communication import Traffic, backbone_gather, collective_s, traffic_of
 from tagi_ds.plan.layout import Layout, accumulation_of, batch_problem, layouts, refusals
-from tagi_ds.plan.memory import Memory, memory_of
+from tagi_ds.plan.memory import Memory, largest_fitting, memory_of
 from tagi_ds.plan.operations import Operations, count_operations
 from tagi_ds.plan.shapes import Shapes, count_model
 from tagi_ds.plan.stages import balance
 from tagi_ds.plan.timing import Timing, compute_seconds, time_of, unit_costs
 from tagi_ds.plan.workload import Workload, expected_work, workload_of
 
-_MOST_EXAMPLES = 4096
 _ALIKE = 0.95
 """Layouts within this share of the fastest one's tokens a second are as fast as it."""
 
@@ -160,19 +159,13 @@ def _reckon(
 def _largest(
     shapes: Shapes, work: Workload, layout: Layout, cluster: Cluster, accumulation: int, stages: list[range]
 ) -> int:
-    """Most examples whose peak is within the GPU's memory, by doubling and halving; the peak grows with them."""
+    """Most examples whose peak is within the GPU's memory; the peak grows with them."""
 
     def fits(examples: int) -> bool:
         peak = memory_of(shapes, work.sized(examples), layout, cluster, accumulation, stages).peak
         return peak <= cluster.memory
 
-    low, high = 0, 1
-    while high <= _MOST_EXAMPLES and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest_fitting(fits)
 
 
 def _break_even(shapes: Shapes, work: Workload, cluster: Cluster) -> float:

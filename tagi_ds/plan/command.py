@@ -11,10 +11,13 @@ from tagi_ds import recipe
 from tagi_ds.errors import UserError
 from tagi_ds.files import write_json
 from tagi_ds.plan.advice import make_plan
+from tagi_ds.plan.answering import plan_answering
 from tagi_ds.plan.cluster import read_cluster
-from tagi_ds.plan.report import print_formulas, print_plan, to_dict
+from tagi_ds.plan.report import answering_dict, print_answering, print_formulas, print_plan, to_dict
 
 STAGES = ("pretrain", "finetune", "meta_train", "backbone")
+"""Stages that train."""
+EVALUATE = "evaluate"
 
 
 def run(argv: list[str], default_recipe: Path) -> None:
@@ -32,15 +35,22 @@ def run(argv: list[str], default_recipe: Path) -> None:
     if own.explain:
         print_formulas(console)
         return
-    if own.stage not in STAGES:
-        raise UserError(f"--stage {own.stage} is not planned", f"the stages are {', '.join(STAGES)}")
+    if own.stage not in (*STAGES, EVALUATE):
+        raise UserError(f"--stage {own.stage} is not planned", f"the stages are {', '.join((*STAGES, EVALUATE))}")
     lengths = None if own.lengths is None else _lengths(own.lengths)
     cluster = read_cluster(own.cluster)
     config = recipe.parse(own.stage, fields, default_recipe).config
-    plan = make_plan(config, own.stage, cluster, lengths)
-    print_plan(plan, console if console.is_terminal else Console(width=160))
+    shown = console if console.is_terminal else Console(width=160)
+    if own.stage == EVALUATE:
+        answering = plan_answering(config, cluster)
+        print_answering(answering, shown)
+        content = answering_dict(answering)
+    else:
+        plan = make_plan(config, own.stage, cluster, lengths)
+        print_plan(plan, shown)
+        content = to_dict(plan)
     if own.json is not None:
-        write_json(own.json, to_dict(plan))
+        write_json(own.json, content)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--cluster", default="1xH100", help="[NODESx]GPUSxKIND, or a YAML file (default: 1xH100)")
-    parser.add_argument("--stage", default="finetune", help=f"one of {', '.join(STAGES)} (default: finetune)")
+    parser.add_argument(
+        "--stage", default="finetune", help=f"one of {', '.join((*STAGES, EVALUATE))} (default: finetune)"
+    )
     parser.add_argument(
         "--lengths",
         metavar="I,S,T",

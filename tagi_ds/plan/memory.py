@@ -21,7 +21,7 @@ the module in hand; hpZ adds e·P / GPUs of a node. A step has three summits, of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tagi_ds.plan import activations
@@ -79,6 +79,25 @@ def memory_of(
         return _of_part(shapes, work, layout, cluster, accumulation, range(len(shapes.blocks)), 0)
     parts = [_of_part(shapes, work, layout, cluster, accumulation, part, i) for i, part in enumerate(stages)]
     return max(parts, key=lambda memory: memory.peak)
+
+
+def largest_fitting(fits: Callable[[int], bool], most: int = 4096) -> int:
+    """The largest number for which `fits` holds, by doubling and halving; it holds for all below one that it holds for.
+
+    Args:
+        fits: asked for numbers from 1 on.
+        most: beyond which no more is asked.
+
+    Returns:
+        0 where it does not hold for 1.
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _of_part(

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tagi_ds.plan import activations, communication, memory, operations, timing
+from tagi_ds.plan import activations, answering, communication, memory, operations, timing
 from tagi_ds.plan.advice import Candidate, Plan
+from tagi_ds.plan.answering import AnsweringMemory, AnsweringPlan
 
 GB = 1e9
 
@@ -38,9 +39,44 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"• {sentence}", highlight=False)
 
 
+def print_answering(plan: AnsweringPlan, console: Console) -> None:
+    """Prints parameters, memory by precision, and the advice for an evaluation."""
+    cluster, work = plan.cluster, plan.work
+    console.print(f"[bold]evaluate[/] on {cluster.name}: {cluster.gpu}, {cluster.memory_gb:.0f} GB", highlight=False)
+    console.print(f"{plan.shapes.parameters:,} parameters", highlight=False)
+    lengths = f"{work.instruction} | {work.source} | {work.target}"
+    table = Table(title=f"Memory of one process, GB: {work.examples} x ({lengths}) tokens")
+    kinds = [field.name for field in dataclasses.fields(AnsweringMemory)]
+    table.add_column("precision")
+    for title in (*kinds, "fits", "largest batch"):
+        table.add_column(title, justify="right")
+    for row in plan.rows:
+        figures = [f"{getattr(row.memory, kind) / GB:.2f}" for kind in kinds]
+        fits = "yes" if row.largest >= work.examples else "no"
+        table.add_row(row.precision + ("*" if row is plan.chosen else ""), *figures, fits, f"{row.largest:,}")
+    console.print(table)
+    for sentence in plan.advice:
+        console.print(f"• {sentence}", highlight=False)
+
+
+def answering_dict(plan: AnsweringPlan) -> dict[str, Any]:
+    """An evaluation's plan as JSON holds it: bytes and counts."""
+    return {
+        "stage": "evaluate",
+        "cluster": dataclasses.asdict(plan.cluster),
+        "parameters": plan.shapes.parameters,
+        "work": dataclasses.asdict(plan.work),
+        "memory": {row.precision: dataclasses.asdict(row.memory) for row in plan.rows},
+        "largest_batch": {row.precision: row.largest for row in plan.rows},
+        "precision": plan.chosen.precision,
+        "fits": plan.fits,
+        "advice": plan.advice,
+    }
+
+
 def print_formulas(console: Console) -> None:
     """Prints the formulas and assumptions: the docstrings of the modules that reckon."""
-    for module in (activations, memory, operations, communication, timing):
+    for module in (activations, memory, operations, communication, timing, answering):
         console.print(f"[bold]{module.__name__.rpartition('.')[2]}[/]")
         console.print(inspect.getdoc(module), markup=False, highlight=False, soft_wrap=True)
         console.print()
