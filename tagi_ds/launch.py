@@ -33,6 +33,8 @@ from tagi_ds.engine.exhaustion import memory_told
 from tagi_ds.engine.profile import recording
 from tagi_ds.engine.trainer import FLOP_STEPS, INTERRUPTED_STATUS, Interrupted
 from tagi_ds.errors import UserError
+from tagi_ds.model.backbone import resolve_folder
+from tagi_ds.model.hub import commit_of
 from tagi_ds.processes import check_processes
 
 RECIPES = Path(__file__).resolve().parents[1] / "launchers" / "recipes"
@@ -126,7 +128,7 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool = Fals
         study.run_missing_predecessors(name, config, parsed.scale, main)
     ranks = start(config.engine.timeout_s)
     check_processes(config, name, ranks.world_size)
-    run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank)
+    run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank, _fetched_backbone(config, name))
     if ranks.is_main and not shared:
         _hold(run_dir)
     stage = Stage(name, config, ranks, run_dir)
@@ -145,6 +147,15 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool = Fals
             run_folder.mark_done(run_dir, {"seconds": round(time.monotonic() - began, 1), **summary})
     barrier()
     leave()
+
+
+def _fetched_backbone(config: RunConfig, name: str) -> str | None:
+    """The commit of the run's backbone where that is the hub's: rank 0 has fetched it before the others look for it."""
+    named = config.model.backbone
+    if named is None or Path(named).is_dir() or name == "convert" or run_folder.is_done(Path(str(config.output_dir))):
+        return None
+    main_first(lambda: resolve_folder(named))
+    return commit_of(resolve_folder(named))
 
 
 _UNITS = {"store_logits": "batch", "evaluate": "batch", "convert": "task"}

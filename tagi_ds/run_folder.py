@@ -79,7 +79,9 @@ _PATHS = frozenset(
 )
 
 
-def open_run(config: RunConfig, stage: str, world_size: int, rank: int | None = None) -> Path:
+def open_run(
+    config: RunConfig, stage: str, world_size: int, rank: int | None = None, backbone_commit: str | None = None
+) -> Path:
     """Creates the run folder, or finds that it holds this very run, which then goes on.
 
     A folder with nothing but a description is taken over: whoever was refused may correct what was wrong.
@@ -92,6 +94,7 @@ def open_run(config: RunConfig, stage: str, world_size: int, rank: int | None = 
         stage: the launched stage.
         world_size: number of processes.
         rank: this process's rank; default the environment's RANK, or 0.
+        backbone_commit: of a backbone from the hub, for the ``run`` block.
 
     Returns:
         The folder, writable.
@@ -106,16 +109,18 @@ def open_run(config: RunConfig, stage: str, world_size: int, rank: int | None = 
     ensure_writable(folder)
     if (int(os.environ.get("RANK", "0")) if rank is None else rank) == 0:
         layouts = _layouts(config, folder, world_size)
-        save(config, folder, {"stage": stage, "world_size": world_size, "layouts": layouts})
+        extra: dict[str, Any] = {"stage": stage, "world_size": world_size, "layouts": layouts}
+        commit = backbone_commit or _saved(folder).get("backbone_commit")
+        save(config, folder, extra | ({} if commit is None else {"backbone_commit": commit}))
     return folder
 
 
 def save(config: RunConfig, folder: Path, extra: Mapping[str, Any]) -> Path:
     """Writes ``config.yaml``: the configuration and a ``run`` block of circumstances.
 
-    The block holds `extra` (:func:`open_run`: stage, world_size, layouts), the versions of what the result depends on,
-    the git revision of the package's folder if it has one, and the global batch in examples (pretraining:
-    documents). The file can be given to ``--config`` again.
+    The block holds `extra` (:func:`open_run`: stage, world_size, layouts, the commit of a backbone from the hub), the
+    versions of what the result depends on, the git revision of the package's folder if it has one, and the global batch
+    in examples (pretraining: documents). The file can be given to ``--config`` again.
     """
     run = {
         **extra,
@@ -215,10 +220,15 @@ def _refuse_other(folder: Path, config: RunConfig, stage: str) -> None:
         raise UserError(f"{folder} belongs to another run; differing fields:\n    " + "\n    ".join(differing), mend)
 
 
+def _saved(folder: Path) -> dict[str, Any]:
+    """The ``run`` block of the folder's ``config.yaml``, as far as there is one."""
+    path = folder / CONFIG_FILE
+    return (read_yaml(path).get("run") or {}) if path.is_file() else {}
+
+
 def _layouts(config: RunConfig, folder: Path, world_size: int) -> list[dict[str, Any]]:
     """How the run was laid out so far, one entry a change: from which step on, and this start's last."""
-    path, engine = folder / CONFIG_FILE, config.engine
-    saved = (read_yaml(path).get("run") or {}).get("layouts") if path.is_file() else None
+    engine, saved = config.engine, _saved(folder).get("layouts")
     names = ("strategy", "stages", "accumulation", "deepspeed")
     now = {"world_size": world_size, **{name: getattr(engine, name) for name in names}}
     pointer = folder / "checkpoints" / "latest"

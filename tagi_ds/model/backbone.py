@@ -26,12 +26,12 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from tagi_ds.errors import UserError
 from tagi_ds.files import read_json, sha256_of
+from tagi_ds.model.hub import snapshot
 
 ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
     "t5": T5ForConditionalGeneration,
     "mt5": MT5ForConditionalGeneration,
 }
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "pytorch_model*.bin"]
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def backbone_class(model_type: str, own_head: bool) -> type[PreTrainedModel]:
 
 
 def resolve_folder(name: str) -> Path:
-    """The local folder of a model: `name` itself, or the hub's snapshot of it.
+    """The local folder of a model: `name` itself, or the hub's snapshot of it, for which a process asks once.
 
     Raises:
         UserError: neither exists.
@@ -65,11 +65,11 @@ def resolve_folder(name: str) -> Path:
     )
     if folder.exists() or name.startswith((".", "/")) or name.count("/") > 1:
         raise UserError(f"backbone {name} has no config.json", mend)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
-    except Exception as error:
+        return snapshot(name)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's errors share no class with those of its network library
         raise UserError(f"backbone {name} is neither a folder nor to be had from the hub ({error})", mend) from error
 
 

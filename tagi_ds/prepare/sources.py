@@ -16,6 +16,7 @@ from tagi_ds.data.tokenizer import load_tokenizer
 from tagi_ds.errors import UserError
 from tagi_ds.files import sha256_of
 from tagi_ds.model.backbone import has_own_head
+from tagi_ds.model.hub import model_files
 from tagi_ds.prepare import fetching
 from tagi_ds.prepare.fetching import RemoteFile
 
@@ -162,20 +163,6 @@ class Sources:
         folder = fetching.clone(address, clone)
         self.record[address] = {"folder": _inner(folder, self.target), "revision": fetching.revision(clone)}
         return folder
-
-
-def model_files(present: Collection[str]) -> list[str]:
-    """Of a model repository's files those that are read: no weights twice, none of other frameworks."""
-    top = [path for path in present if "/" not in path]
-    weights = [path for path in top if path.endswith(".safetensors")]
-    weights = weights or [path for path in top if path.startswith("pytorch_model") and path.endswith(".bin")]
-    others = [path for path in top if path.endswith((".json", ".model"))]
-    if not weights:
-        raise UserError("the model has no weights as *.safetensors or pytorch_model*.bin", "name another model")
-    form = ".safetensors" if weights[0].endswith(".safetensors") else ".bin"
-    # An index names the shards of one form; the other form's would send readers to files that are not there.
-    others = [path for path in others if not path.endswith(".index.json") or path.endswith(f"{form}.index.json")]
-    return sorted({*weights, *others})
 
 
 def _require_whole(path: Path, item: Any) -> None:
