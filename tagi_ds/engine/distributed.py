@@ -16,7 +16,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from tagi_ds.engine.ending import LOST_PEER, LOST_STATUS, speak
 from tagi_ds.engine.signs import lost
-from tagi_ds.engine.watch import Watch
+from tagi_ds.engine.watch import Watch, operation_timeout
 from tagi_ds.errors import UserError
 
 
@@ -89,8 +88,7 @@ def start(timeout_s: int) -> Ranks:
         backend="nccl" if device.type == "cuda" else "gloo",
         rank=rank,
         world_size=world_size,
-        # The watch comes first: it names the rank that is missing.
-        timeout=timedelta(seconds=1.5 * timeout_s + 10),
+        timeout=operation_timeout(timeout_s),
     )
     if world_size > 1:
         _watch = Watch(rank, world_size, dist.distributed_c10d._get_default_store(), timeout_s)

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -63,6 +64,7 @@ class Watch:
         self._moved_at = time.monotonic()
         self._judged_at: float | None = None
         self._looked_at, self._lives = self._moved_at, dict[int, tuple[int, float]]()
+        self._operation_timeout, self._granted = operation_timeout(timeout_s), set[str]()
         self._unlimited = False
         self._main = threading.main_thread().ident
         self._ended, self._wake = threading.Event(), threading.Event()
@@ -115,6 +117,7 @@ class Watch:
             self._wake.wait(self.beat_s)
             self._wake.clear()
             try:
+                self._grant_time()
                 self._publish()
                 end = self.ending.declared()
                 if end is not None and end.rank != self.rank:
@@ -131,6 +134,17 @@ class Watch:
                 continue
         with contextlib.suppress(RuntimeError):
             self._publish(left=True)
+
+    def _grant_time(self) -> None:
+        """Gives every group the default group's timeout: those that DeepSpeed makes have torch's, 10 minutes on CUDA.
+
+        An operation would otherwise be aborted before the watch has named the rank that is missing.
+        """
+        world = dist.distributed_c10d._world
+        for group in list(world.pg_map):
+            if world.pg_names[group] not in self._granted:
+                dist.distributed_c10d._set_pg_timeout(self._operation_timeout, group)
+                self._granted.add(world.pg_names[group])
 
     def _publish(self, left: bool = False) -> None:
         self._beat += 1
@@ -183,6 +197,11 @@ class Watch:
         if self.rank == 1:
             speak(self.rank, LOST_PEER.format("rank 0"))
         os._exit(LOST_STATUS)
+
+
+def operation_timeout(timeout_s: float) -> timedelta:
+    """Of a collective operation; the watch comes first: it names the rank that is missing."""
+    return timedelta(seconds=1.5 * timeout_s + 10)
 
 
 def begun_operations() -> dict[str, int]:

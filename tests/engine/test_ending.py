@@ -31,3 +31,7 @@ def test_a_rank_that_is_killed_ends_those_that_are_blocked(failing: int) -> None
 
 def test_a_rank_that_leaves_as_it_should_is_not_taken_for_dead() -> None:
     assert run_ranks(BLOCKED, 2, ["1", "leaves", "2"]).statuses == [0, 0]
+
+
+def test_every_group_waits_as_long_as_the_run_says() -> None:
+    run_ranks(Path(__file__).with_name("granted.py"), 2, ["zero3"])
