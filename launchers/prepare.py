@@ -3,7 +3,8 @@
     python launchers/prepare.py --config RECIPE.yaml --to FOLDER [--c4_shards N] [--section.field VALUE ...]
     HF_HUB_OFFLINE=1 deepspeed launchers/finetune.py --config FOLDER/prepared.yaml
 
-Backbone, logit teacher and tokenizers, data sets (the published ones where the recipe names none), their index.
+Backbone, logit teacher and tokenizers, data sets (the published ones where the recipe names none), their index. A git
+repository's address may name a revision (tag, branch or whole commit) and a folder: https://HOST/NAME.git@REVISION#FOLDER.
 Interrupted, the same command goes on where it stopped.
 """
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from launchers import prepare as launcher
 from tagi_ds import recipe
 from tagi_ds.data import catalogue
 from tagi_ds.errors import UserError
-from tagi_ds.prepare import fetching, sources
+from tagi_ds.prepare import cloning, fetching, sources
 from tagi_ds.prepare.fetching import RemoteFile
 from tagi_ds.prepare.folder import PREPARED, SOURCES, prepare
 from tagi_ds.prepare.plan import read_plan
@@ -241,25 +242,83 @@ def test_p3_brings_the_wanted_templates_alone(written: Path, tmp_path: Path, sto
     assert "toy_good" in {task.name for task in train + validation}
 
 
-def test_a_repository_is_cloned_once(written: Path, tmp_path: Path) -> None:
+Git = Callable[..., str]
+
+
+@pytest.fixture
+def git(tmp_path: Path) -> Git:
+    """Runs git in a repository of tasks, ``natural.git``, and returns what it says."""
     origin = tmp_path / "natural.git"
     (origin / "tasks").mkdir(parents=True)
     (origin / "splits" / "default").mkdir(parents=True)
     for name in ("one", "two"):
         (origin / "tasks" / f"{name}.json").write_text(json.dumps(TASK))
     (origin / "splits" / "default" / "train_tasks.txt").write_text("one\ntwo\n")
-    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+
+    def command(*words: str) -> str:
+        called = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(called, check=True, capture_output=True, text=True).stdout.strip()
+
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "tasks"]):
-        subprocess.run([*git, *words], check=True)
+        command(*words)
+    return command
+
+
+def test_a_repository_is_cloned_once(written: Path, tmp_path: Path, git: Git) -> None:
+    origin = tmp_path / "natural.git"
     address = f"file://{origin}"
     prepared = run(written, tmp_path / "to", "--data.sni_dir", address, c4_shards=1)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = git("rev-parse", "HEAD")
     assert json.loads((tmp_path / "to" / SOURCES).read_text())[address]["revision"] == commit
     shutil.rmtree(origin)
     assert run(written, tmp_path / "to", "--data.sni_dir", address, c4_shards=1) == prepared
     with pytest.raises(UserError, match="cannot be cloned"):
-        fetching.clone(address, tmp_path / "elsewhere")
+        cloning.clone(address, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(UserError, match=r"natural\.git@v9 cannot be cloned"):
+        cloning.clone(f"{address}@v9", tmp_path / "to/data/sni")
+    assert cloning.is_cloned(address, tmp_path / "to/data/sni"), "what was there is there"
+
+
+def test_a_revision_is_cloned_and_another_repository_takes_its_place(tmp_path: Path, git: Git) -> None:
+    git("tag", "-a", "v1", "-m", "first")
+    first, address, folder = git("rev-parse", "HEAD"), f"file://{tmp_path}/natural.git", tmp_path / "clone"
+    (tmp_path / "natural.git/tasks/three.json").write_text(json.dumps(TASK))
+    git("add", ".")
+    git("commit", "-q", "-m", "a third")
+    second = git("rev-parse", "HEAD")
+    shutil.copytree(tmp_path / "natural.git", tmp_path / "copy.git")
+    other = f"file://{tmp_path}/copy.git"
+    for named, commit in (
+        (address, second),
+        (f"{address}@v1", first),
+        (f"{address}@{second}", second),
+        (f"{address}@{first}#tasks", first),
+        (other, second),
+    ):
+        assert cloning.is_repository(named)
+        assert not cloning.is_cloned(named, folder)
+        found = cloning.clone(named, folder)
+        assert found == (folder / "tasks" if "#" in named else folder)
+        assert cloning.is_cloned(named, folder)
+        assert (cloning.revision(folder), (folder / "tasks/three.json").exists()) == (commit, commit == second)
+    assert cloning.is_cloned(f"{other}@{second}#splits", folder), "the same commit by its name"
+    with pytest.raises(UserError, match="has no folder nowhere"):
+        cloning.clone(f"{other}#nowhere", folder)
+
+
+def test_no_source_is_mixed_with_another(written: Path, tmp_path: Path, git: Git, store: str) -> None:
+    rows = gzip.compress(json.dumps({"text": "another document " * 20}).encode())
+    fsspec.filesystem("memory").pipe(f"{store.removeprefix('memory:/')}/other/x.json.gz", rows)
+    target, address = tmp_path / "to", f"file://{tmp_path}/natural.git"
+    run(written, target, "--data.sni_dir", address, c4_shards=1)
+    with pytest.raises(UserError, match=r"data/sni is a clone, and memory://.* is to be fetched into it"):
+        run(written, target, c4_shards=1)
+    with pytest.raises(UserError, match=r"data/c4 holds c4-train.0000\d-of-00004.json.gz of .*/c4, and .*/other is"):
+        run(written, target, "--data.sni_dir", address, "--data.c4_dir", f"{store}/other")
+    shutil.rmtree(target / "data/sni/.git")
+    with pytest.raises(UserError, match=r"data/sni is there and not a clone of file://.*natural\.git"):
+        run(written, target, "--data.sni_dir", address, c4_shards=1)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -343,9 +402,12 @@ def test_a_model_comes_from_the_hub_once_and_whole(hub: type[Hub], written: Path
     assert len(hub.served) == len(there)
     run(written, tmp_path / "to", "--model.backbone", "org/tiny")
     assert len(hub.served) == len(there)
-    weights = bytearray((folder / "model.safetensors").read_bytes())
+    damaged = folder / "model.safetensors"
+    weights, time = bytearray(damaged.read_bytes()), damaged.stat().st_mtime
     weights[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(weights)
+    damaged.write_bytes(weights)
+    # As a disk damages it: the hub's library fetches anew what was written more than a second after it came.
+    os.utime(damaged, (time, time))
     with pytest.raises(UserError, match="not what the hub says"):
         run(written, tmp_path / "to", "--model.backbone", "org/tiny")
     run(written, tmp_path / "to", "--model.backbone", "org/tiny")

@@ -1,13 +1,11 @@
-"""Fetching files and repositories for machines without network: each file whole or absent, verified, resumable."""
+"""Fetching files for machines without network: each whole or absent, verified, resumable."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,9 +17,8 @@ import fsspec
 from fsspec.core import url_to_fs
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from tagi_ds.data.remote import is_remote
 from tagi_ds.errors import UserError
-from tagi_ds.files import ensure_writable, sha256_of, whole_file, whole_folder
+from tagi_ds.files import ensure_writable, sha256_of, whole_file
 
 LEDGER = "fetched.jsonl"
 """One line a fetched file: where it came from, its size and SHA-256."""
@@ -52,11 +49,6 @@ class RemoteFile:
     size: int
     sha256: str = ""
     git_sha: str = ""
-
-
-def is_repository(name: str) -> bool:
-    """Whether an address is a git repository (``....git``, a folder of it may follow behind ``#``)."""
-    return is_remote(name) and name.partition("#")[0].endswith(".git")
 
 
 def listing(address: str, local: str) -> tuple[fsspec.AbstractFileSystem, list[RemoteFile]]:
@@ -149,45 +141,6 @@ def fetch(system: fsspec.AbstractFileSystem, files: Sequence[RemoteFile], target
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def clone(address: str, folder: Path) -> Path:
-    """Clones a git repository without its history, whole or not at all; one that is there is kept.
-
-    Args:
-        address: ``https://...git``, with ``#FOLDER`` where only a folder of it is meant.
-        folder: of the clone.
-
-    Returns:
-        The clone, or the folder of it that the address names.
-
-    Raises:
-        UserError: git cannot clone it, or the folder is not in it.
-    """
-    repository, _, inner = address.partition("#")
-    if not folder.is_dir():
-        with whole_folder(folder) as aside:
-            command = ["git", "clone", "--quiet", "--depth", "1", repository, str(aside)]
-            environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-            try:
-                ended = subprocess.run(command, capture_output=True, text=True, env=environment)
-            except FileNotFoundError as error:
-                raise UserError(f"{repository} cannot be cloned: git is not installed", "install git") from error
-            if ended.returncode != 0:
-                reason = (ended.stderr.strip().splitlines() or ["git said nothing"])[-1]
-                raise UserError(f"{repository} cannot be cloned: {reason}", "check the address and the network")
-    if not (folder / inner).is_dir():
-        raise UserError(f"{repository} has no folder {inner}", "mend what follows the # in the address")
-    return folder / inner
-
-
-def revision(folder: Path) -> str | None:
-    """The commit of a clone, or None where it is none."""
-    try:
-        ended = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return ended.stdout.strip() if ended.returncode == 0 else None
 
 
 def read_ledger(target: Path) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from tagi_ds.errors import UserError
 from tagi_ds.files import sha256_of
 from tagi_ds.model.backbone import has_own_head
 from tagi_ds.model.hub import model_files
-from tagi_ds.prepare import fetching
+from tagi_ds.prepare import cloning, fetching
 from tagi_ds.prepare.fetching import RemoteFile
 
 _ROWS = (".jsonl", ".json", ".parquet")
@@ -83,7 +83,7 @@ class Sources:
             address: a git repository or a folder that fsspec opens.
             splits: folder under splits/ -> files of it, without `.txt`.
         """
-        if fetching.is_repository(address):
+        if cloning.is_repository(address):
             return self._clone(address, "sni")
         system, files = fetching.listing(address, "data/sni")
         inner = {file.local.removeprefix("data/sni/"): file for file in files}
@@ -117,7 +117,7 @@ class Sources:
         """The table derived from promptsource's template files, which are a folder, a repository or a table already."""
         output = self.target / "data" / "p3_templates.json"
         folder = Path(name)
-        if fetching.is_repository(name):
+        if cloning.is_repository(name):
             folder = self._clone(name, "promptsource")
         elif is_remote(name):
             system, files = fetching.listing(name, "data/promptsource")
@@ -144,6 +144,7 @@ class Sources:
     def _files(self, address: str, system: Any, wanted: list[RemoteFile], folder: str) -> Path:
         if not wanted:
             raise UserError(f"{address} holds nothing that the recipe reads", "check the address and the splits")
+        self._require_unmixed(address, wanted, folder)
         todo = fetching.missing(wanted, self.target)
         needed = sum(file.size for file in todo)
         fetching.require_space(self.target, needed, address)
@@ -156,12 +157,24 @@ class Sources:
         }
         return self.target / folder
 
+    def _require_unmixed(self, address: str, wanted: list[RemoteFile], folder: str) -> None:
+        """Readers take all that a folder holds: nothing may be left in it of a source that the recipe named before."""
+        mend = "delete that folder, or choose another --to FOLDER"
+        if (self.target / folder / ".git").is_dir():
+            raise UserError(f"{self.target / folder} is a clone, and {address} is to be fetched into it", mend)
+        ours = {file.local for file in wanted}
+        for local, entry in fetching.read_ledger(self.target).items():
+            of_another = local.startswith(f"{folder}/") and local not in ours and entry.get("address") != address
+            if of_another and (self.target / local).is_file():
+                held = f"{local.rsplit('/', 1)[-1]} of {entry.get('address')}"
+                raise UserError(f"{self.target / folder} holds {held}, and {address} is to be fetched into it", mend)
+
     def _clone(self, address: str, name: str) -> Path:
         fetching.require_space(self.target, 0, address)
         clone = self.target / "data" / name
-        self._say(f"{address}: cloned before" if clone.is_dir() else f"{address}: cloning")
-        folder = fetching.clone(address, clone)
-        self.record[address] = {"folder": _inner(folder, self.target), "revision": fetching.revision(clone)}
+        self._say(f"{address}: {'cloned before' if cloning.is_cloned(address, clone) else 'cloning'}")
+        folder = cloning.clone(address, clone)
+        self.record[address] = {"folder": _inner(folder, self.target), "revision": cloning.revision(clone)}
         return folder
 
 
