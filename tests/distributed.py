@@ -53,7 +53,8 @@ def run_ranks(
     path = Path(script_or_module)
     command = [sys.executable, str(path)] if path.suffix == ".py" else [sys.executable, "-m", str(script_or_module)]
     with tempfile.TemporaryDirectory() as folder:
-        logs = [(Path(folder) / f"{rank}.log").open("w+", encoding="utf-8", errors="replace") for rank in range(n)]
+        paths = [Path(folder) / f"{rank}.log" for rank in range(n)]
+        logs: list[IO[str]] = [path.open("w+", encoding="utf-8", errors="replace") for path in paths]
         processes = _spawn([*command, *args], logs, env or {})
         try:
             expired = _wait(processes, time.monotonic() + timeout, until, patience)

@@ -18,6 +18,7 @@
 #   TAGI_DS_HOME           the checkout; default: where sbatch was called.
 #   TAGI_DS_DEATHS         deaths after which a job is given up (3).
 #   TAGI_DS_HEALTH         0: the nodes are not checked before the stage.
+#   TAGI_DS_HEALTH_S       seconds within which every process of that check must have spoken, its start included (180).
 #   PYTHON                 the interpreter (python).
 # Arrays that the sourcing script may set:
 #   srun_options           e.g. srun_options=(--container-image=/images/tagi.sqsh --container-mounts=/data)
@@ -111,8 +112,12 @@ if [[ ${TAGI_DS_HEALTH:-1} != 0 ]]; then
   TAGI_DS_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
   export TAGI_DS_NODES
   status=0
+  # Rank 0 waits so long from its own start on, then for two sums; what one process says by ending must not end it.
+  answer_s=${TAGI_DS_HEALTH_S:-180}
+  answer_s=${answer_s%.*}
   # By way of a variable: the disk may be what is broken.
-  report=$(timeout 300 srun --wait=60 --kill-on-bad-exit=0 "${srun_options[@]}" "${wrap[@]}" \
+  report=$(timeout $((2 * answer_s + 300)) \
+    srun --wait=$((answer_s + 200)) --kill-on-bad-exit=0 "${srun_options[@]}" "${wrap[@]}" \
     "$python" -m tagi_ds.cluster.health "$stage" "$@" 2>&1) || status=$?
   [[ -z $report ]] || echo "$report"
   unhealthy=$(sed -n 's/^unhealthy \([^ :]*\): .*/\1/p' <<<"$report" | sort -u | paste -sd,)

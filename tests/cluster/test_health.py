@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tagi_ds.cluster import health
-from tagi_ds.cluster.health import ANSWER_S, TOGETHER, Place, fault_here, judge
+from tagi_ds.cluster.health import TOGETHER, Place, fault_here, judge
 from tagi_ds.engine.distributed import take_ranks_from_slurm
 from tagi_ds.launch import DEFAULT_RECIPE
 from tests.distributed import ROOT, run_ranks
@@ -50,17 +51,28 @@ def test_a_device_that_was_promised_must_be_there(tmp_path: Path, monkeypatch: p
 
 
 def test_who_is_at_fault() -> None:
-    nodes, silence = ["n1", "n2", "n3"], f"no answer within {ANSWER_S} s"
+    nodes, silence = ["n1", "n2", "n3"], "no answer within 60 s"
     well = [(node, None) for node in nodes]
-    assert judge(well, nodes) == {}
-    assert judge([*well, ("n2", "hot")], nodes) == {"n2": "hot"}
-    assert judge(well[:2], nodes) == {"n3": silence}
-    assert judge(well[:1], nodes) == {"n1": "no other node reaches it"}
-    assert judge(well[:1], nodes[:2]) == {"n2": silence}
-    failing = [(node, "a sum over all nodes fails: timeout") for node in nodes]
-    assert judge(failing, nodes) == {TOGETHER: "a sum over all nodes fails: timeout"}
+
+    def judged(answers: list[Any], among: list[str] = nodes) -> dict[str, str]:
+        return judge(answers, among, 60.0)
+
+    assert judged(well) == {}
+    assert judged([*well, ("n2", "hot")]) == {"n2": "hot"}
+    assert judged(well[:2]) == {"n3": silence}
+    assert judged(well[:1]) == {"n1": "no other node reaches it"}
+    assert judged(well[:1], nodes[:2]) == {"n2": silence}
     within = [("n1", None), ("n2", "a sum within the node fails: NVLink"), ("n3", None)]
-    assert judge(within, nodes) == {"n2": "a sum within the node fails: NVLink"}
+    assert judged(within) == {"n2": "a sum within the node fails: NVLink"}
+
+
+@pytest.mark.parametrize("well", [[], ["n1"], ["n1", "n2"]])
+def test_a_sum_over_all_nodes_that_fails_names_none_of_those_that_speak(well: list[str]) -> None:
+    nodes, fault = ["n1", "n2", "n3", "n4"], "a sum over all nodes fails: timeout"
+    answers = [(node, None if node in well else fault) for node in nodes]
+    assert judge(answers, nodes, 60.0) == {TOGETHER: fault}
+    # Who does not even say that it failed is the one.
+    assert judge(answers[:3], nodes, 60.0) == {"n4": "no answer within 60 s"}
 
 
 def check_ranks(folder: Path, **environment: str) -> tuple[list[int], str]:
@@ -77,6 +89,22 @@ def test_processes_find_each_other_and_add_up(tmp_path: Path) -> None:
     statuses, text = check_ranks(tmp_path / "file", LOCAL_WORLD_SIZE="2", SLURMD_NODENAME="n1")
     assert statuses == [1, 1], text
     assert text.count(f"unhealthy n1: cannot write to {tmp_path / 'file'}") == 1
+
+
+def test_a_node_whose_own_sum_fails_is_the_only_one_named(tmp_path: Path) -> None:
+    ended = run_ranks(Path(__file__).with_name("broken_links.py"), 3, [str(tmp_path)], check=False, patience=30)
+    assert ended.statuses == [1, 1, 1], ended.text
+    assert ended.text.count("unhealthy n2: a sum within the node fails: ") == 1, ended.text
+    assert "unhealthy n1" not in ended.text
+    assert "all nodes" not in ended.text
+
+
+def test_a_time_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TAGI_DS_HEALTH_S", "soon")
+    assert health.main(["finetune", "--config", str(DEFAULT_RECIPE)]) == 2
+    assert "TAGI_DS_HEALTH_S is 'soon'" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_refused_says_nothing_of_the_node(tmp_path: Path) -> None:
