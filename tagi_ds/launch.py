@@ -19,6 +19,7 @@ from tagi_ds import recipe, run_folder, study
 from tagi_ds.config import RunConfig
 from tagi_ds.data.catalogue import prepare_index
 from tagi_ds.engine.distributed import (
+    MeetingError,
     barrier,
     end,
     end_after_lost_peer,
@@ -104,6 +105,8 @@ def run_stage(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool =
     except (KeyboardInterrupt, Interrupted):
         end(INTERRUPTED_STATUS, "interrupted; the same command goes on", finishing=True)
     except Exception as error:
+        if isinstance(error, MeetingError):
+            end(ERROR_STATUS, f"error: {error}")
         if is_lost_peer(error):
             end_after_lost_peer()
         if isinstance(error, UserError):

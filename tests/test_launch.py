@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,26 @@ def test_an_error_of_one_rank_is_told_once_and_ends_all(failing: int, wraps: boo
     assert "Traceback" not in ended.text
     assert "cannot load a file" not in ended.text
     assert not (tmp_path / "backbone" / "done.json").exists()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "stage.py"
+    script.write_text(ONE_RANK_FAILS.replace("FAILING", "'0'").replace("WRAPS", "False"))
+    (tmp_path / "data" / "tokenizer").mkdir(parents=True)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        # Rank 0 of two, whose port another program has; its fellow never comes to the question.
+        ended = run_ranks(
+            script, 1, ["--study_dir", str(tmp_path)], check=False, env={"MASTER_PORT": port, "WORLD_SIZE": "2"}
+        )
+    assert ended.statuses == [1], ended.text
+    assert f"error: the processes cannot meet at 127.0.0.1:{port}: " in ended.text
+    assert "EADDRINUSE" in ended.text
+    assert "--master_port" in ended.text
+    assert "has ended" not in ended.text
+    assert "Traceback" not in ended.text
 
 
 def test_launchers_name_a_stage_of_their_own() -> None:

@@ -28,6 +28,10 @@ from tagi_ds.engine.watch import Watch, operation_timeout
 from tagi_ds.errors import UserError
 
 
+class MeetingError(UserError):
+    """The processes of a run cannot meet. Another try may do: a requeued job takes another port."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all of the run.
@@ -67,6 +71,7 @@ def start(timeout_s: int) -> Ranks:
 
     Raises:
         UserError: the launcher's variables contradict each other or are incomplete.
+        MeetingError: the address is not reached, its port is taken, or not all processes come.
     """
     global _ranks, _watch
     if _ranks is not None:
@@ -84,12 +89,20 @@ def start(timeout_s: int) -> Ranks:
         # Ranks on one machine would otherwise each take all of its cores.
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, here)))
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        rank=rank,
-        world_size=world_size,
-        timeout=operation_timeout(timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=operation_timeout(timeout_s),
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise MeetingError(
+            f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"{str(error).splitlines()[0]}",
+            "where another program has that port (EADDRINUSE) start with --master_port PORT, a free one; else see that "
+            "every process has started and reaches that address",
+        ) from error
     if world_size > 1:
         _watch = Watch(rank, world_size, dist.distributed_c10d._get_default_store(), timeout_s)
     _ranks = Ranks(rank, world_size, local_rank, device)
