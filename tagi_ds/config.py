@@ -276,7 +276,8 @@ class EngineConfig:
     epochs: float | None = None
     """Epochs over the tasks in the place of `steps`: as many chunks as they have, or as `data.task_cap` leaves."""
     accumulation: int = 1
-    """Micro-batches a step and rank. The global batch does not depend on it."""
+    """Micro-batches a step and rank; of LoRA teachers those of a group's step, all its teachers' examples together. The
+    global batch does not depend on it."""
     activation_checkpointing: bool = False
     """Recompute the backbone's blocks in the backward pass."""
     instruction_cache: Literal["auto", "on", "off"] = "auto"
@@ -300,6 +301,10 @@ class EngineConfig:
     """Latest checkpoints kept beside the best."""
     timeout_s: int = 1800
     """A process that the others have waited for so long ends the run, with a message that names it."""
+    deterministic: bool = False
+    """Kernels alone that give the same bits every time, at some cost in speed. On CUDA it takes this for an interrupted
+    run to give the unbroken one's very digits, and an operation without such a kernel is an error; on CPUs nothing
+    changes."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop before the optimizer's step, or leave that step out and go on; the
     examples are named in either case."""
