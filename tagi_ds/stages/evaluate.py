@@ -222,7 +222,12 @@ def evaluated_groups(config: RunConfig) -> dict[str, EvaluatedGroup]:
 
 
 def setting_name(data: DataConfig) -> str:
-    """The prompt's setting as the benchmark's tables call it: `Def`, `Def + 2 Pos`, `Def + 2 Pos + 1 Neg + Expl`."""
+    """The prompt's setting as the benchmark's tables call it: `Def`, `Def + 2 Pos`, `Def + 2 Pos + 1 Neg + Expl`.
+
+    The plain prompt shows no examples, however many the configuration names.
+    """
+    if data.prompt == "plain":
+        return "Def"
     parts = ["Def"]
     parts += [f"{count} {kind}" for count, kind in ((data.positives, "Pos"), (data.negatives, "Neg")) if count]
     return " + ".join([*parts, "Expl"] if data.explanations and len(parts) > 1 else parts)

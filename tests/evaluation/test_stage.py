@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tagi_ds.config import RunConfig
+from tagi_ds.config import DataConfig, RunConfig
 from tagi_ds.engine.distributed import current
 from tagi_ds.errors import UserError
 from tagi_ds.evaluation.__main__ import main
@@ -76,7 +76,7 @@ def test_every_method_has_its_rows_and_its_file(
     assert set(gather_results(Path(config.study_dir))["methods"]) == set(rows)
     written = {row: read_json(folder / row / "results.json") for row in rows}
     for row, results in written.items():
-        assert (results["method"], results["split"], results["setting"]) == (row, "default", "Def + 2 Pos")
+        assert (results["method"], results["split"], results["setting"]) == (row, "default", "Def")
         assert results["instruction"] == next((name for name in ("random", "shuffled") if name in row), "own")
         assert results["examples"] == 15
         assert list(results["intervals"]["test"]) == ["exact_match", "rouge_l"]
@@ -103,6 +103,14 @@ def test_every_method_has_its_rows_and_its_file(
     assert compared["first"] == written["tagi"]["metrics"]["test"]["rouge_l"]
     assert compared["tasks"] == 3
     assert "sign-flip" in compared["test"]
+
+
+def test_the_setting_is_what_the_prompt_shows() -> None:
+    shown = DataConfig(positives=2, negatives=1, explanations=True)
+    assert stage.setting_name(shown) == "Def + 2 Pos + 1 Neg + Expl"
+    assert stage.setting_name(DataConfig(positives=2)) == "Def + 2 Pos"
+    assert stage.setting_name(DataConfig(explanations=True)) == "Def"
+    assert stage.setting_name(replace(shown, prompt="plain")) == "Def"
 
 
 def test_run_again_it_leaves_the_same_bytes(
