@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, and the way back from them.
 
 `checkpoints/step_N/` holds the strategy's files, `state.json`, each rank's random state and, written last,
-`manifest.json` with every file's size and SHA-256. The folder is filled aside and renamed into place. DeepSpeed's
+`manifest.json` with every file's size and SHA-256. The folder is filled aside and renamed into place, once rank 0 sees
+in it what every rank has written. Each rank hashes its own files, and on the way back a part of them. DeepSpeed's
 files are pickles: they are read only from the run's own folder and after the manifest has been verified. Another
 layout than the saved one (strategy, processes, stages, DeepSpeed's cutting) resumes through the universal form.
 """
@@ -13,17 +14,19 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tagi_ds.engine.distributed import barrier, broadcast_object, gather_objects, is_main, main_first
+from tagi_ds.engine.disk import require_parts, together
+from tagi_ds.engine.distributed import barrier, broadcast_object, current, gather_objects, is_main, main_first
 from tagi_ds.engine.exhaustion import checkpoint_bytes, require_space
 from tagi_ds.engine.full_state import FullState
 from tagi_ds.engine.layout import check_model, description_of, in_words, layout_of
-from tagi_ds.engine.manifest import damage_of, seal
+from tagi_ds.engine.manifest import Facts, damage_of, facts_of, seal
 from tagi_ds.engine.random_state import load_random_state, save_random_state, seed_anew
 from tagi_ds.engine.strategy import Strategy
 from tagi_ds.engine.trained import read_trained_parameters
@@ -85,9 +88,15 @@ class CheckpointStore:
         """
         final, aside = self.folder / f"step_{state.step}", self.folder / f".step_{state.step}.part"
         self.require_space(strategy)
-        _together(lambda: _empty(aside) if is_main() else None, aside)
-        _together(lambda: self._write_parts(strategy, aside), aside)
-        _together(lambda: self._publish(strategy, state, aside, final) if is_main() else None, final)
+        together(lambda: _empty(aside) if is_main() else None, aside)
+        try:
+            parts = together(lambda: self._write_parts(strategy, aside), aside)
+            together(lambda: self._publish(strategy, state, aside, final, parts) if is_main() else None, final)
+        except UserError:
+            # Half a checkpoint would only fill the disk.
+            if is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
         return final
 
     def require_space(self, strategy: Strategy) -> None:
@@ -101,7 +110,7 @@ class CheckpointStore:
             last = next(iter(_steps(self.folder)), None)
             require_space(self.folder, checkpoint_bytes(strategy, last))
 
-        _together(lambda: check() if is_main() else None, self.folder)
+        together(lambda: check() if is_main() else None, self.folder)
 
     def resume(self, strategy: Strategy, say: Callable[[str], None] = print) -> RunState | None:
         """Loads the latest complete checkpoint; None where there is none at all. Called on all ranks together.
@@ -115,12 +124,9 @@ class CheckpointStore:
         Raises:
             UserError: none is complete, or the run's model or precision is not the saved one.
         """
-        chosen = broadcast_object(self._choose() if is_main() else None)
-        if chosen["error"]:
-            raise UserError(*chosen["error"])
-        if chosen["name"] is None:
+        folder = self._choose()
+        if folder is None:
             return None
-        folder = self.folder / chosen["name"]
         saved = read_json(folder / "state.json")
         check_model(folder, saved, strategy)
         if layout_of(saved) == layout_of(description_of(strategy)):
@@ -148,13 +154,18 @@ class CheckpointStore:
             "(dropout) are drawn anew from the checkpoint's and the rank"
         )
 
-    def _write_parts(self, strategy: Strategy, aside: Path) -> None:
-        strategy.save(aside)
-        save_random_state(aside, strategy.ranks.rank)
+    def _write_parts(self, strategy: Strategy, aside: Path) -> dict[str, Any]:
+        """Returns what this rank has written, and on which machine."""
+        files = [*strategy.save(aside), *save_random_state(aside, strategy.ranks.rank)]
+        return {"host": socket.gethostname(), "files": facts_of(aside, files)}
 
-    def _publish(self, strategy: Strategy, state: RunState, aside: Path, final: Path) -> None:
+    def _publish(
+        self, strategy: Strategy, state: RunState, aside: Path, final: Path, parts: list[dict[str, Any]]
+    ) -> None:
+        require_parts(aside, parts)
+        known: Facts = {name: facts for part in parts for name, facts in part["files"].items()}
         write_json(aside / "state.json", {**description_of(strategy), "run": asdict(state), "versions": _versions()})
-        seal(aside)
+        seal(aside, known)
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -176,17 +187,25 @@ class CheckpointStore:
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _choose(self) -> dict[str, Any]:
-        folders = _steps(self.folder)
-        for folder in folders:
-            damage = damage_of(folder)
+    def _choose(self) -> Path | None:
+        """The latest complete checkpoint, of whose files every rank looks at a part."""
+        names = broadcast_object([folder.name for folder in _steps(self.folder)] if is_main() else None)
+        latest = None
+        for name in names:
+            folder, ranks = self.folder / name, current()
+            found = gather_objects(damage_of(folder, ranks.rank, ranks.world_size))
+            damage = next((each for each in found if each is not None), None)
             if damage is None:
-                return {"name": folder.name, "error": None}
-            warnings.warn(f"checkpoint {folder} is damaged ({damage}); trying the one before", stacklevel=2)
-        if folders:
-            problem = f"no checkpoint under {self.folder} is complete (latest: {damage_of(folders[0])})"
-            return {"name": None, "error": (problem, f"remove {self.folder} to start anew, or restore it")}
-        return {"name": None, "error": None}
+                return folder
+            latest = latest or damage
+            if is_main():
+                warnings.warn(f"checkpoint {folder} is damaged ({damage}); trying the one before", stacklevel=2)
+        if names:
+            raise UserError(
+                f"no checkpoint under {self.folder} is complete (latest: {latest})",
+                f"remove {self.folder} to start anew, or restore it",
+            )
+        return None
 
 
 def best_checkpoint(run_dir: Path) -> Path:
@@ -236,17 +255,3 @@ def _versions() -> dict[str, str]:
 def _empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _together(action: Callable[[], None], path: Path) -> None:
-    """Runs `action` on every rank and waits; what fails on one is raised on all, so that none waits in vain."""
-    failure: list[str] | None = None
-    try:
-        action()
-    except UserError as error:
-        failure = [error.problem, error.mend]
-    except OSError as error:
-        failure = [f"cannot write {path}: {error.strerror or error}", "free space there, or mend its permissions"]
-    failures = [entry for entry in gather_objects(failure) if entry]
-    if failures:
-        raise UserError(*failures[0])

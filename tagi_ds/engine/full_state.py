@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tagi_ds.engine.disk import writing_told
 from tagi_ds.errors import UserError
 from tagi_ds.files import read_json, write_json
 
@@ -29,11 +30,14 @@ SHARD_BYTES = 2**30
 
 def write_full_state(
     folder: Path, kinds: Mapping[str, Iterable[tuple[str, Tensor]]], shard_bytes: int = SHARD_BYTES
-) -> None:
+) -> list[Path]:
     """Writes into an existing folder; at most `shard_bytes` and one tensor more are held at a time.
 
     Args:
         kinds: by kind, (parameter name, tensor) one after the other.
+
+    Returns:
+        The files.
 
     Raises:
         UserError: a file cannot be written.
@@ -50,6 +54,7 @@ def write_full_state(
             size += tensor.nbytes
         _write_shard(folder, kind, shard, files[kind])
     write_json(folder / INDEX, {"files": files})
+    return [folder / INDEX, *(folder / name for names in files.values() for name in names)]
 
 
 class FullState:
@@ -107,10 +112,6 @@ class FullState:
 
 def _write_shard(folder: Path, kind: str, shard: dict[str, Tensor], written: list[str]) -> None:
     name = f"{kind}.safetensors" if not written else f"{kind}-{len(written) + 1}.safetensors"
-    try:
+    with writing_told(folder / name):
         save_file(shard, folder / name)
-    except SafetensorError as error:
-        raise UserError(
-            f"cannot write {folder / name}: {error}", "free space on that disk; what was there before is untouched"
-        ) from error
     written.append(name)

@@ -213,19 +213,19 @@ class PipelineStrategy(Strategy):
         """See `Strategy.gradient_shares`."""
         return shares_of(self._trained)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         """See `Strategy.save`; the full state, whatever the layout."""
         stage = stage_folder(folder, self._stages.stage_id) if self.replica.index == 0 else None
+        written: list[Path] = []
         failure: list[str] | None = None
         try:
-            save_stage(self._engine, self._trained, stage)
+            written = save_stage(self._engine, self._trained, stage)
         except UserError as error:
             failure = [error.problem, error.mend]
         failures = [told for told in gather_objects(failure) if told]
         if failures:
             raise UserError(*failures[0])
-        if self.ranks.is_main:
-            join_stages(folder, self.engine_config.stages)
+        return [*written, join_stages(folder, self.engine_config.stages)] if self.ranks.is_main else written
 
     def load(self, folder: Path) -> None:
         """See `Strategy.load`."""

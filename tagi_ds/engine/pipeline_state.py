@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tagi_ds.engine.disk import writing_told
 from tagi_ds.engine.full_state import INDEX, WEIGHTS, FullState, write_full_state
 from tagi_ds.engine.zero_loading import MOMENTS
 from tagi_ds.errors import UserError
@@ -29,13 +30,16 @@ def stage_folder(folder: Path, stage: int) -> Path:
     return folder / f"stage_{stage:03d}"
 
 
-def save_stage(engine: Any, named: Mapping[str, nn.Parameter], folder: Path | None) -> None:
+def save_stage(engine: Any, named: Mapping[str, nn.Parameter], folder: Path | None) -> list[Path]:
     """Writes a stage's masters and AdamW's state; called on all replicas of the stage together.
 
     Args:
         engine: DeepSpeed's, with ZeRO-1.
         named: the stage's trained parameters by name, in one order on every replica.
         folder: of the stage; None on the replicas that only give their parts.
+
+    Returns:
+        The files that this process wrote.
 
     Raises:
         UserError: the folder cannot be written; the other replicas are not kept waiting.
@@ -50,10 +54,12 @@ def save_stage(engine: Any, named: Mapping[str, nn.Parameter], folder: Path | No
             lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
         kinds |= {kind: _whole(named, kind) for kind in MOMENTS}
     try:
-        if folder is not None:
+        if folder is None:
+            return []
+        with writing_told(folder):
             folder.mkdir(parents=True)
-            numbers = {} if steps is None else {STEP: ((name, steps.clone()) for name in named)}
-            write_full_state(folder, {**kinds, **numbers})
+        numbers = {} if steps is None else {STEP: ((name, steps.clone()) for name in named)}
+        return write_full_state(folder, {**kinds, **numbers})
     finally:
         # A parameter is put together by all replicas: they go through all of them, whatever became of the file.
         for tensors in kinds.values():
@@ -61,8 +67,8 @@ def save_stage(engine: Any, named: Mapping[str, nn.Parameter], folder: Path | No
                 pass
 
 
-def join_stages(folder: Path, stages: int) -> None:
-    """Writes the index of the whole state, once every stage has written its own.
+def join_stages(folder: Path, stages: int) -> Path:
+    """Writes the index of the whole state, once every stage has written its own; returns the index.
 
     Raises:
         UserError: a stage's index is missing.
@@ -73,6 +79,7 @@ def join_stages(folder: Path, stages: int) -> None:
         for kind, names in read_json(own / INDEX)["files"].items():
             files.setdefault(kind, []).extend(f"{own.name}/{name}" for name in names)
     write_json(folder / INDEX, {"files": files})
+    return folder / INDEX
 
 
 def load_stage(engine: Any, named: Mapping[str, nn.Parameter], full: FullState) -> bool:

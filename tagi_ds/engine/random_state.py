@@ -12,17 +12,30 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from tagi_ds.engine.disk import writing_told
 
-def save_random_state(folder: Path, rank: int) -> None:
-    """Writes the states of torch's (CPU and accelerator), numpy's and Python's generators into `folder`."""
+
+def save_random_state(folder: Path, rank: int) -> list[Path]:
+    """Writes the states of torch's (CPU and accelerator), numpy's and Python's generators into `folder`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: one cannot be written.
+    """
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, folder / f"rng_{rank}.safetensors")
     legacy: Any = np.random.get_state(legacy=True)
     kind, keys, position, has_gauss, gauss = legacy
     text = json.dumps({"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, gauss]})
-    (folder / f"rng_{rank}.json").write_text(text, encoding="utf-8")
+    of_torch, others = folder / f"rng_{rank}.safetensors", folder / f"rng_{rank}.json"
+    with writing_told(of_torch):
+        save_file(tensors, of_torch)
+    with writing_told(others):
+        others.write_text(text, encoding="utf-8")
+    return [of_torch, others]
 
 
 def load_random_state(folder: Path, rank: int) -> None:

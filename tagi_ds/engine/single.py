@@ -96,7 +96,7 @@ class SingleStrategy(Strategy):
         """See `Strategy.gradient_shares`; here it is the whole."""
         return {name: master.grad for name, master in self._masters.items() if master.grad is not None}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         """See `Strategy.save`; the full state, which every strategy can read."""
         names = {id(master): name for name, master in self._masters.items()}
         kinds: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(self._masters)}
@@ -104,7 +104,7 @@ class SingleStrategy(Strategy):
             for kind, value in entries.items():
                 # Adafactor keeps a Python number too.
                 kinds.setdefault(kind, {})[names[id(master)]] = torch.as_tensor(value)
-        write_full_state(folder, {kind: tensors.items() for kind, tensors in kinds.items()})
+        return write_full_state(folder, {kind: tensors.items() for kind, tensors in kinds.items()})
 
     def load(self, folder: Path) -> None:
         """See `Strategy.load`."""

@@ -183,8 +183,15 @@ class Strategy(ABC):
         return None
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes what trains and the optimizer's state into an existing folder; called on every rank."""
+    def save(self, folder: Path) -> list[Path]:
+        """Writes what trains and the optimizer's state into an existing folder; called on every rank.
+
+        Returns:
+            The files that this process wrote.
+
+        Raises:
+            UserError: this process could not write one; the others have not been left to wait for it.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:

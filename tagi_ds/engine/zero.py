@@ -20,6 +20,7 @@ from tagi_ds.engine.placement import make_machine_groups_once, offloads_optimize
 from tagi_ds.engine.schedule import learning_rate
 from tagi_ds.engine.strategy import StepOutcome, Strategy, decay_groups
 from tagi_ds.engine.zero_loading import load_full_state, partition_of
+from tagi_ds.engine.zero_saving import save_engine
 from tagi_ds.errors import UserError
 
 TAG = "deepspeed"
@@ -117,9 +118,9 @@ class ZeroStrategy(Strategy):
         named = self.module.named_parameters()
         return shares_of({name: parameter for name, parameter in named if parameter.requires_grad})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         """See `Strategy.save`."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        return save_engine(self._engine, folder, TAG)
 
     def load(self, folder: Path) -> None:
         """See `Strategy.load`."""

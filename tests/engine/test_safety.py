@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from tagi_ds.config import EngineConfig, OptimizerConfig
 from tagi_ds.engine import distributed, exhaustion
+from tagi_ds.engine.disk import writing_told
 from tagi_ds.engine.exhaustion import MemoryExhaustedError, memory_told, require_space
 from tagi_ds.engine.objective import Term, loss_share
 from tagi_ds.engine.signs import Sign, complaint, sides
@@ -156,6 +160,58 @@ def test_the_complaint_names_rank_place_and_time() -> None:
 
 
 # Memory and disks.
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_what_goes_wrong_with_one_ranks_files_is_told_by_all(strategy: str, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    results = perilous(
+        strategy,
+        tmp_path,
+        {"dir": run, "narrow": 7},
+        {"dir": run},
+        {"dir": run, "damages": "step_7/deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"},
+        {"apart": True},
+    )
+    assert results.statuses == [0, 0], results.text
+    for text in results.outputs:
+        told = [line for line in text.splitlines() if line.startswith("USER ERROR")]
+        assert len(told) == 2, results.text
+        assert "USER ERROR cannot write " in told[0]
+        assert ".step_6.part/deepspeed/zero_pp_rank_1_mp_rank_00_" in told[0]
+        assert " lacks what rank 1 on " in told[1]
+        assert told[1].count("(deepspeed/zero_pp_rank_1_mp_rank_00_") == 1
+    # The first run's last whole checkpoint, and with the damage to step 7 the one before it.
+    assert [line.split(": ")[1] for line in results.outputs[0].splitlines() if "goes on" in line] == [
+        "goes on from step 3",
+        "goes on from step 6",
+    ]
+    assert "step_7 is damaged (deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt is not as" in results.outputs[0]
+    assert sorted(path.name for path in Path(run, "checkpoints").iterdir()) == ["best", "latest", "step_6", "step_7"]
+    assert sorted(figures(Path(run))) == list(range(1, STEPS + 1))
+
+
+def test_every_writer_on_a_full_disk_names_its_file(tmp_path: Path) -> None:
+    values = torch.zeros(10_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writers: list[Callable[[Path], object]] = [
+        lambda file: torch.save(values, file),
+        lambda file: torch.save(values, file, _use_new_zipfile_serialization=False),
+        lambda file: save_file({"values": values}, file),
+        lambda file: file.write_bytes(bytes(10_000)),
+    ]
+    for number, write in enumerate(writers):
+        file = tmp_path / str(number)
+        try:
+            # The disk's own refusal, without a disk to fill.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+            with pytest.raises(UserError, match=f"cannot write {file}: ") as caught, writing_told(file):
+                write(file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "free space" in caught.value.mend
+    with pytest.raises(RuntimeError, match="another"), writing_told(tmp_path):
+        raise RuntimeError("another")
 
 
 def test_memory_that_does_not_suffice_gives_advice(tmp_path: Path) -> None:

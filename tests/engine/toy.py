@@ -170,10 +170,10 @@ def kill_while_publishing(step: int) -> None:
     """Kills the process when the parts of that step's checkpoint are written, but not yet its manifest."""
     publish = CheckpointStore._publish
 
-    def killing(self: CheckpointStore, strategy: Strategy, state: Any, aside: Path, final: Path) -> None:
+    def killing(self: CheckpointStore, strategy: Strategy, state: Any, *others: Any) -> None:
         if state.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        publish(self, strategy, state, aside, final)
+        publish(self, strategy, state, *others)
 
     CheckpointStore._publish = killing  # type: ignore[method-assign]
 
