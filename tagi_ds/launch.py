@@ -18,6 +18,7 @@ import transformers
 from tagi_ds import recipe, run_folder, study
 from tagi_ds.config import RunConfig
 from tagi_ds.data.catalogue import prepare_index
+from tagi_ds.engine.determinism import choose_kernels
 from tagi_ds.engine.distributed import (
     MeetingError,
     barrier,
@@ -130,6 +131,7 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool = Fals
     if parsed.is_default:
         study.run_missing_predecessors(name, config, parsed.scale, main)
     ranks = start(config.engine.timeout_s)
+    choose_kernels(config.engine.deterministic, ranks.device)
     check_processes(config, name, ranks.world_size)
     run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank, _fetched_backbone(config, name))
     if ranks.is_main and not shared:

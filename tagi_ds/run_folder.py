@@ -44,6 +44,7 @@ _FREE = frozenset(
         "engine.checkpoint_every",
         "engine.keep_checkpoints",
         "engine.timeout_s",
+        "engine.deterministic",
         # The layout: a checkpoint of one is taken over by every other.
         "data.dealing",
         "data.pad_multiple",
