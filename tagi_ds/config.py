@@ -276,7 +276,8 @@ class EngineConfig:
     epochs: float | None = None
     """Epochs over the tasks in the place of `steps`: as many chunks as they have, or as `data.task_cap` leaves."""
     accumulation: int = 1
-    """Micro-batches a step and rank. The global batch does not depend on it."""
+    """Micro-batches a step and rank; of LoRA teachers those of a group's step, all its teachers' examples together. The
+    global batch does not depend on it."""
     activation_checkpointing: bool = False
     """Recompute the backbone's blocks in the backward pass."""
     instruction_cache: Literal["auto", "on", "off"] = "auto"
