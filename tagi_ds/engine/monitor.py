@@ -108,18 +108,27 @@ class Monitor:
         """Time that was spent on something else than steps; throughput does not count it."""
         self._apart += seconds
 
-    def log(self, step: int, metrics: dict[str, float], seconds: float, waited: float = 0.0) -> None:
-        """Appends one line: the metrics, and throughput and peak memory since the line before.
+    def log(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        seconds: float,
+        waited: float = 0.0,
+        memory_gb: float | None = None,
+    ) -> None:
+        """Appends one line: the metrics, throughput since the line before, and peak memory.
 
         Args:
             seconds: training time so far.
             waited: seconds since the line before in which the slowest rank waited for its batches; `data/wait_share`
                 is their share of all.
+            memory_gb: peak of the rank that holds most; this process's where it is left out.
 
         Raises:
             UserError: the file cannot be written to.
         """
-        line = {"step": step, **metrics, **self._throughput(waited), "memory_gb": peak_memory_gb(), "seconds": seconds}
+        peak = peak_memory_gb() if memory_gb is None else memory_gb
+        line = {"step": step, **metrics, **self._throughput(waited), "memory_gb": peak, "seconds": seconds}
         if self._lines is None:
             return
         # Floats are written as their repr, which reads back to the same bits; JSON has no word for nan.

@@ -18,7 +18,7 @@ from tagi_ds.engine.checkpoint import CheckpointStore, RunState
 from tagi_ds.engine.distributed import all_reduce_sums, at, broadcast_object, gather_objects
 from tagi_ds.engine.exhaustion import memory_told
 from tagi_ds.engine.flops import FlopMeter
-from tagi_ds.engine.monitor import Monitor
+from tagi_ds.engine.monitor import Monitor, peak_memory_gb
 from tagi_ds.engine.objective import RUN_TOTALS, BatchSource, Objective, Stateful, Term, joined_state
 from tagi_ds.engine.probe import Probe, part_norms
 from tagi_ds.engine.profile import unit_done
@@ -138,10 +138,12 @@ class Trainer:
                 raise Interrupted
 
     def _log(self, metrics: dict[str, float]) -> None:
-        # The slowest rank's: the others then wait for it in the step.
-        waited = max(gather_objects(self._waited))
+        # The slowest rank's wait, since the others then wait for it in the step, and the fullest one's memory.
+        waits, peaks = zip(*gather_objects([self._waited, peak_memory_gb()]), strict=True)
         self._waited = 0.0
-        self.monitor.log(self.state.step, {**metrics, **self.state.totals}, self.state.seconds, waited)
+        self.monitor.log(
+            self.state.step, {**metrics, **self.state.totals}, self.state.seconds, max(waits), memory_gb=max(peaks)
+        )
 
     def _take_step(self) -> StepReport:
         asked = time.monotonic()

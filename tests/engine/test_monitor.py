@@ -16,7 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tagi_ds.config import EngineConfig, OptimizerConfig
-from tagi_ds.engine import distributed, monitor
+from tagi_ds.engine import distributed, monitor, trainer
 from tagi_ds.engine.monitor import FINAL_METRICS, Monitor
 from tagi_ds.engine.probe import peak_flops
 from tests.distributed import run_ranks
@@ -166,3 +166,21 @@ def test_settings_and_layout_are_there_from_the_start(tmp_path: Path) -> None:
     for shown in events.Tensors("custom_scalars__config__"):
         layout = layout_pb2.Layout.FromString(shown.tensor_proto.string_val[0])
         assert {category.title for category in layout.category} == set(monitor.LAYOUT)
+
+
+def test_memory_is_that_of_the_rank_that_holds_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks' figures come with what is gathered at a logged step in any case."""
+    gathered: list[Any] = []
+
+    def of_two(mine: Any) -> list[Any]:
+        if not isinstance(mine, list):
+            return [mine]
+        gathered.append(mine)
+        return [mine, [0.0, 123.0]]
+
+    monkeypatch.setattr(trainer, "gather_objects", of_two)
+    config = EngineConfig(strategy="single", precision="fp32", steps=2, log_every=1, checkpoint_every=0)
+    toy.train(tmp_path, config, OptimizerConfig(), distributed.Ranks(0, 1, 0, torch.device("cpu")))
+    assert logged(tmp_path)["memory_gb"] == [(1, 123.0), (2, 123.0)]
+    assert len(gathered) == 2
+    assert all(0 < own < 123 for _, own in gathered)
