@@ -102,7 +102,8 @@ IRRELEVANT: dict[str, tuple[str, ...]] = {
     "backbone": ("model", "teachers", "loss", *_REST, *_CORPUS),
     "train_teachers": (
         *("optimizer", "engine", "loss", "scratch", *_REST, *_CORPUS, *_ORDER, *_DISTRIBUTIONS, *_HYPERNETWORK),
-        *("model.initial", "model.meta_lora"),
+        # A LoRA teacher reads bare inputs.
+        *("data.positives", "data.negatives", "data.explanations", "model.initial", "model.meta_lora"),
     ),
     "store_logits": (
         *("optimizer", "engine", "loss", "scratch", *_REST, *_CORPUS, *_ORDER, *_TEACHERS_TRAINING, *_HYPERNETWORK),
