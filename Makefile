@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-runtime.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
