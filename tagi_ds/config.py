@@ -300,7 +300,8 @@ class EngineConfig:
     keep_checkpoints: int = 2
     """Latest checkpoints kept beside the best."""
     timeout_s: int = 1800
-    """A process that the others have waited for so long ends the run, with a message that names it."""
+    """A process that the others have waited for so long ends the run, with a message that names it; so does one that
+    gives no sign of life for a minute, or for a thirtieth of this time where that is longer."""
     deterministic: bool = False
     """Kernels alone that give the same bits every time, at some cost in speed. On CUDA it takes this for an interrupted
     run to give the unbroken one's very digits, and an operation without such a kernel is an error; on CPUs nothing

@@ -113,9 +113,11 @@ class Watch:
         return max(2.0, 3 * self.beat_s)
 
     def _run(self) -> None:
-        while not self._ended.is_set():
+        while True:
             self._wake.wait(self.beat_s)
             self._wake.clear()
+            if self._ended.is_set():
+                break
             try:
                 self._grant_time()
                 self._publish()
@@ -140,11 +142,10 @@ class Watch:
 
         An operation would otherwise be aborted before the watch has named the rank that is missing.
         """
-        world = dist.distributed_c10d._world
-        for group in list(world.pg_map):
-            if world.pg_names[group] not in self._granted:
+        for group, name in groups():
+            if name not in self._granted:
                 dist.distributed_c10d._set_pg_timeout(self._operation_timeout, group)
-                self._granted.add(world.pg_names[group])
+                self._granted.add(name)
 
     def _publish(self, left: bool = False) -> None:
         self._beat += 1
@@ -204,10 +205,15 @@ def operation_timeout(timeout_s: float) -> timedelta:
     return timedelta(seconds=1.5 * timeout_s + 10)
 
 
+def groups() -> list[tuple[Any, str]]:
+    """The process groups that this process is in, with their names."""
+    # torch enters a group here after its backends and its place among the groups.
+    return [(group, str(name)) for group, name in list(dist.distributed_c10d._world.pg_names.items())]
+
+
 def begun_operations() -> dict[str, int]:
     """Collective operations that this process has begun, by the name of the group."""
-    world: Any = dist.distributed_c10d._world
-    return {str(world.pg_names[group]): int(group._get_sequence_number_for_group()) for group in list(world.pg_map)}
+    return {name: int(group._get_sequence_number_for_group()) for group, name in groups()}
 
 
 def _key(rank: int) -> str:
