@@ -19,6 +19,7 @@ from tagi_ds import recipe, run_folder, study
 from tagi_ds.config import RunConfig
 from tagi_ds.data.catalogue import prepare_index
 from tagi_ds.engine.determinism import choose_kernels
+from tagi_ds.engine.disk import require_shared
 from tagi_ds.engine.distributed import (
     MeetingError,
     barrier,
@@ -134,6 +135,7 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool = Fals
     choose_kernels(config.engine.deterministic, ranks.device)
     check_processes(config, name, ranks.world_size)
     run_dir = run_folder.open_run(config, name, ranks.world_size, ranks.rank, _fetched_backbone(config, name))
+    require_shared(run_dir)
     if ranks.is_main and not shared:
         _hold(run_dir)
     stage = Stage(name, config, ranks, run_dir)
