@@ -56,6 +56,8 @@ _FREE = frozenset(
         "engine.activation_checkpointing",
         "engine.instruction_cache",
         "teachers.claim_timeout_s",
+        # What is computed together: a run whose validation found no memory goes on with less.
+        "evaluation.batch_examples",
         # One folder takes any number of conversions.
         *(f"convert.{field.name}" for field in dataclasses.fields(ConvertConfig)),
     }

@@ -22,6 +22,7 @@ from tagi_ds.convert.model_folder import write_prompt
 from tagi_ds.convert.run_weights import HYPERNETWORK_STAGES, SEQ2SEQ_STAGES, RunWeights
 from tagi_ds.convert.shards import SHARD_BYTES, ShardWriter
 from tagi_ds.engine.checkpoint import best_checkpoint
+from tagi_ds.engine.evaluated import state_of
 from tagi_ds.errors import UserError
 from tagi_ds.files import read_json, whole_folder, write_json
 from tagi_ds.model.backbone import ARCHITECTURES, content_hash
@@ -72,7 +73,7 @@ def export_model(run_dir: Path, checkpoint: Path | None, folder: Path, form: For
     checkpoint = checkpoint or best_checkpoint(run_dir)
     tokenizer = load_study_tokenizer(config)
     weights = RunWeights(config, stage, tokenizer, checkpoint)
-    saved = read_json(checkpoint / "state.json")
+    saved = state_of(checkpoint)
     _check_backbone(config, saved["run"]["extra"].get("backbone_hash"), run_dir)
     with whole_folder(folder) as aside:
         writer = ShardWriter(aside, form.shard_bytes, form.dtype)

@@ -23,6 +23,7 @@ from typing import Any
 
 from tagi_ds.engine.disk import require_parts, together
 from tagi_ds.engine.distributed import barrier, broadcast_object, current, gather_objects, is_main, main_first
+from tagi_ds.engine.evaluated import note_evaluated, state_of
 from tagi_ds.engine.exhaustion import checkpoint_bytes, require_space
 from tagi_ds.engine.full_state import FullState
 from tagi_ds.engine.layout import check_model, description_of, in_words, layout_of
@@ -32,7 +33,7 @@ from tagi_ds.engine.strategy import Strategy
 from tagi_ds.engine.trained import read_trained_parameters
 from tagi_ds.engine.universal import WHOLE, universal_folder, write_universal
 from tagi_ds.errors import UserError
-from tagi_ds.files import read_json, write_json, write_text
+from tagi_ds.files import write_json, write_text
 
 __all__ = [
     "CheckpointStore",
@@ -56,6 +57,7 @@ class RunState:
         best: best value of the metric so far and its step, or None before the first evaluation.
         flops_per_step: floating-point operations of a step, all ranks together, counted on the run's first steps.
         totals: the objective's counts under RUN_TOTALS, over all steps and ranks.
+        unevaluated: the step's metrics where it was saved before its evaluation, which is then still to come.
     """
 
     step: int = 0
@@ -66,6 +68,7 @@ class RunState:
     best: dict[str, float] | None = None
     flops_per_step: float = 0.0
     totals: dict[str, float] = field(default_factory=dict)
+    unevaluated: dict[str, float] | None = None
 
 
 class CheckpointStore:
@@ -99,6 +102,20 @@ class CheckpointStore:
             raise
         return final
 
+    def note_evaluated(self, state: RunState) -> None:
+        """Notes that the step of the latest checkpoint has been evaluated; called on all ranks together.
+
+        Raises:
+            UserError: on every rank, when rank 0 cannot write.
+        """
+
+        def note() -> None:
+            best = self._point_at_best(state)
+            note_evaluated(self.folder / f"step_{state.step}", state.best)
+            self._prune(best)
+
+        together(lambda: note() if is_main() else None, self.folder)
+
     def require_space(self, strategy: Strategy) -> None:
         """Refuses to go on where the disk will not hold the next checkpoint; called on all ranks together.
 
@@ -127,7 +144,9 @@ class CheckpointStore:
         folder = self._choose()
         if folder is None:
             return None
-        saved = read_json(folder / "state.json")
+        saved = state_of(folder)
+        # A network disk may not show a late note to all of them.
+        saved["run"] |= broadcast_object({name: saved["run"].get(name) for name in ("best", "unevaluated")})
         check_model(folder, saved, strategy)
         if layout_of(saved) == layout_of(description_of(strategy)):
             strategy.load(folder)
@@ -173,10 +192,13 @@ class CheckpointStore:
         os.replace(aside, final)
         shutil.rmtree(old, ignore_errors=True)
         write_text(self.folder / "latest", final.name + "\n")
+        self._prune(self._point_at_best(state))
+
+    def _point_at_best(self, state: RunState) -> str | None:
         best = f"step_{int(state.best['step'])}" if state.best else None
         if best and (self.folder / best).is_dir():
             write_text(self.folder / "best", best + "\n")
-        self._prune(best)
+        return best
 
     def _prune(self, best: str | None) -> None:
         for folder in _steps(self.folder)[self.keep :]:

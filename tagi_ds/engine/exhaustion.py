@@ -54,20 +54,34 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(engine: EngineConfig) -> str:
-    """What to change, the cheapest first; none of it changes what is learnt."""
+    """What to change for a step, the cheapest first; none of it changes what is learnt."""
     steps = [
         f"raise engine.accumulation above {engine.accumulation}: smaller micro-batches of the same global batch",
     ]
     if not engine.activation_checkpointing:
         steps.append("set engine.activation_checkpointing true")
+    return "; or ".join([*steps, *_of_the_model(engine)])
+
+
+def evaluation_advice(engine: EngineConfig, examples: int | None) -> str:
+    """What to change for an evaluation in the midst of training, which computes no gradients.
+
+    Args:
+        examples: in a validation batch; None where there is no such batch.
+    """
+    smaller = f"set evaluation.batch_examples below {examples}: smaller validation batches"
+    return "; or ".join([*([] if examples in (None, 1) else [smaller]), *_of_the_model(engine)])
+
+
+def _of_the_model(engine: EngineConfig) -> list[str]:
+    steps = []
     if engine.strategy in ("single", "zero2"):
         steps.append("choose engine.strategy zero3, or more processes")
     elif engine.strategy == "pipeline":
         steps.append(f"raise engine.stages above {engine.stages}, with as many more processes")
     elif engine.strategy == "zero3" and "offload" not in (engine.deepspeed or ""):
         steps.append("set engine.deepspeed ds_configs/zero3_offload.json")
-    steps.append("python launchers/plan.py --config RECIPE --cluster 8xH100 says what fits where")
-    return "; or ".join(steps)
+    return [*steps, "python launchers/plan.py --config RECIPE --cluster 8xH100 says what fits where"]
 
 
 def checkpoint_bytes(strategy: Strategy, last: Path | None) -> int:

@@ -16,7 +16,7 @@ import torch
 from tagi_ds.config import EngineConfig
 from tagi_ds.engine.checkpoint import CheckpointStore, RunState
 from tagi_ds.engine.distributed import all_reduce_sums, at, broadcast_object, gather_objects
-from tagi_ds.engine.exhaustion import memory_told
+from tagi_ds.engine.exhaustion import evaluation_advice, memory_told
 from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.engine.monitor import Monitor, peak_memory_gb
 from tagi_ds.engine.objective import RUN_TOTALS, BatchSource, Objective, Stateful, Term, joined_state
@@ -60,6 +60,7 @@ class Trainer:
         best_metric: figure that chooses the best checkpoint; best_is: whether low or high is good.
         extra_state: further state that checkpoints carry.
         probe: looks at the model: at the gradient's parts where a step is logged, at the rest where it is evaluated.
+        evaluated_together: examples in a validation batch at the most, which an evaluation without memory names.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class Trainer:
         best_is: Literal["min", "max"] = "min",
         extra_state: Stateful | None = None,
         probe: Probe | None = None,
+        evaluated_together: int | None = None,
     ) -> None:
         self.strategy, self.objective, self.source, self.config = strategy, objective, source, config
         self.monitor, self.evaluate, self.extra_state = monitor, evaluate, extra_state
         self.best_metric, self.best_is, self.probe = best_metric, best_is, probe
+        self._evaluation_advice = evaluation_advice(config, evaluated_together)
         self.checkpoints = CheckpointStore(run_dir, config.keep_checkpoints)
         self.state = RunState(total_steps=config.steps)
         self._stop_asked = False
@@ -99,16 +102,20 @@ class Trainer:
             UserError: the run's folder cannot be read, written or resumed from.
         """
         resumed_from = self._resume()
-        if self.state.step >= self.config.steps:
+        unevaluated = self.state.unevaluated
+        if self.state.step >= self.config.steps and unevaluated is None:
             self.monitor.say(f"{self.monitor.title}: finished before, at step {self.state.step}; nothing to do")
             return self._summary(resumed_from)
-        self.monitor.open(self.state.step)
+        # The line of a step that was not evaluated is written again, if it was written.
+        self.monitor.open(self.state.step - (unevaluated is not None))
         if resumed_from:
             self.monitor.say(f"{self.monitor.title}: goes on from step {resumed_from}")
         # A disk that will not hold a checkpoint is found before hours of training, too.
         self.checkpoints.require_space(self.strategy)
         try:
             with self._signals_noted():
+                if unevaluated is not None:
+                    self._judge(unevaluated, is_saved=True)
                 self._train()
         finally:
             self.monitor.close()
@@ -122,20 +129,36 @@ class Trainer:
             self.state.seconds = time.monotonic() - began
             self.monitor.set_apart(unit_done())
             last = self.state.step == self.config.steps
-            evaluated: dict[str, float] = {}
-            looked: dict[str, float] = {}
-            if self._is_evaluated():
-                evaluated = self._evaluate()
-                looked = self._look()
-            if self._is_logged():
-                self._log({**report.metrics, **evaluated, **looked})
-            improved = bool(evaluated) and self._note_best(evaluated)
             stop = report.stop and not last
-            if improved or last or stop or self._is_due(self.config.checkpoint_every):
-                self._checkpoint()
+            is_due = last or stop or self._is_due(self.config.checkpoint_every)
+            if self._is_evaluated():
+                if is_due:
+                    self._checkpoint(unevaluated=report.metrics)
+                self._judge(report.metrics, is_due)
+            else:
+                if self._is_logged():
+                    self._log(report.metrics)
+                if is_due:
+                    self._checkpoint()
             if stop:
                 self.monitor.say(f"stopped at step {self.state.step}; the same command goes on from there")
                 raise Interrupted
+
+    def _judge(self, metrics: dict[str, float], is_saved: bool) -> None:
+        """Evaluates the step just taken, looks at the model, logs, and sees to it that the best checkpoint is there.
+
+        Args:
+            metrics: of the step.
+            is_saved: whether its checkpoint has been written; if not, it is where the step is the best so far.
+        """
+        evaluated, looked = self._evaluate(), self._look()
+        self._log({**metrics, **evaluated, **looked})
+        improved = bool(evaluated) and self._note_best(evaluated)
+        self.state.unevaluated = None
+        if is_saved:
+            self.checkpoints.note_evaluated(self.state)
+        elif improved:
+            self._checkpoint()
 
     def _log(self, metrics: dict[str, float]) -> None:
         # The slowest rank's wait, since the others then wait for it in the step, and the fullest one's memory.
@@ -229,7 +252,7 @@ class Trainer:
         place, began = f"{what} after step {self.state.step}", time.monotonic()
         at(place)
         self.strategy.module.eval()
-        with memory_told(place, self.config):
+        with memory_told(place, self.config, self._evaluation_advice):
             yield
         self.strategy.module.train()
         self.monitor.set_apart(time.monotonic() - began)
@@ -243,8 +266,10 @@ class Trainer:
         self.state.best = {"value": value, "step": self.state.step}
         return True
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, unevaluated: dict[str, float] | None = None) -> None:
+        """Args: `unevaluated`, metrics of the step where its evaluation is still to come."""
         began = time.monotonic()
+        self.state.unevaluated = unevaluated
         at(f"the checkpoint of step {self.state.step}")
         # Ranks beyond the replicas repeat their shares: the further stages of a pipeline.
         shares = gather_objects(self.source.state_dict())[: self.strategy.replica.count]

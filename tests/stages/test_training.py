@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 from tagi_ds import recipe
-from tagi_ds.config import DataConfig, EngineConfig, RunConfig
+from tagi_ds.config import DataConfig, EngineConfig, EvaluationConfig, RunConfig
 from tagi_ds.data.examples import Example, Task
 from tagi_ds.data.mixture import TaskMixture
 from tagi_ds.errors import UserError
+from tagi_ds.recipe import to_dict
 from tagi_ds.recipe_rules import check
-from tagi_ds.stages.training import padding_of, planned_steps
+from tagi_ds.run_folder import differing_fields
+from tagi_ds.stages.training import padding_of, planned_steps, validation_examples
 from tagi_ds.teachers.distillation import DistilledSource
 
 TASK = Task("t", "say", "c", tuple(Example(str(n), "lamp", ("bell",)) for n in range(10)))
@@ -49,3 +51,10 @@ def test_the_summary_has_the_runs_share_of_padding() -> None:
     totals |= {"total_instruction_tokens": 0.0, "total_instruction_padding": 0.0}
     assert padding_of(totals) == {"input": 0.25, "target": 0.75, "all": 0.4167}
     assert padding_of({"malformed": 3.0}) == {}
+
+
+def test_a_validation_batch_has_64_examples_or_as_many_as_are_answered_together() -> None:
+    found = [validation_examples(RunConfig(evaluation=EvaluationConfig(batch_examples=n))) for n in (1, 16, 64, 128)]
+    assert found == [1, 16, 64, 64]
+    smaller = RunConfig(evaluation=EvaluationConfig(batch_examples=16))
+    assert differing_fields(smaller, to_dict(RunConfig())) == [], "the run that found no memory goes on with less"
