@@ -16,6 +16,7 @@ from typing import Any
 import transformers
 
 from tagi_ds import recipe, run_folder, study
+from tagi_ds.backbone_hash import share_backbone_hash
 from tagi_ds.config import RunConfig
 from tagi_ds.data.catalogue import prepare_index
 from tagi_ds.engine.determinism import choose_kernels
@@ -146,6 +147,8 @@ def _run(name: str, work: Callable[[Stage], dict[str, Any]], shared: bool = Fals
         began = time.monotonic()
         if name not in ("pretrain", "convert"):
             main_first(lambda: prepare_index(config))
+        if name not in ("backbone", "convert") and config.model.initial != "scratch":
+            share_backbone_hash(config)
         # The training loop names its step itself; this is for what is loaded before it.
         with memory_told(name, config.engine), _recorded(stage):
             summary = work(stage)

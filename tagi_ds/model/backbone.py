@@ -12,6 +12,7 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -32,6 +33,9 @@ ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
     "t5": T5ForConditionalGeneration,
     "mt5": MT5ForConditionalGeneration,
 }
+
+_HASHED_AT_ONCE = 4
+"""Files; hashing leaves the interpreter to others."""
 
 
 @functools.cache
@@ -138,12 +142,23 @@ def as_safetensors(folder: Path) -> str:
     )
 
 
+_told_hashes: dict[Path, str] = {}
+
+
+def tell_content_hash(folder: Path, digest: str) -> None:
+    """Spares this process the reading: another one has hashed the same files."""
+    _told_hashes[folder] = digest
+
+
 @functools.cache
 def content_hash(folder: Path) -> str:
     """Hex SHA-256 over a model folder's weight files: what stores and checkpoints are bound to."""
+    if folder in _told_hashes:
+        return _told_hashes[folder]
     digest = hashlib.sha256()
-    for file in weight_files(folder):
-        digest.update(sha256_of(file).encode())
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
+        for each in threads.map(sha256_of, weight_files(folder)):
+            digest.update(each.encode())
     return digest.hexdigest()
 
 
