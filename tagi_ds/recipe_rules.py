@@ -148,6 +148,12 @@ def _together(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"data.min_part_tokens {data.min_part_tokens}",
             "raise data.document_tokens or lower data.min_part_tokens",
         )
+    if data.prompt == "plain" and (data.positives or data.negatives):
+        yield (
+            f"data.positives {data.positives} and data.negatives {data.negatives} with data.prompt plain, which has no "
+            "examples",
+            "set data.prompt tk_instruct, or leave the examples out",
+        )
     if data.task_cap is not None and data.sampling != "size":
         yield (
             f"data.task_cap {data.task_cap} with data.sampling {data.sampling}, which does not ask how large a task is",

@@ -173,6 +173,7 @@ def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
         (["--model.sites", "[]", "--model.method", "hint"], "model.sites"),
         (["--model.sites", "[]", "--loss.alignment", "sigmoid"], "loss.alignment"),
         (["--data.document_tokens", "20"], "data.min_part_tokens"),
+        (["--data.prompt", "plain", "--data.positives", "2"], "set data.prompt tk_instruct"),
         (["--data.split", "xlingual"], "set data.english_only false"),
         (["--optimizer.name", "adafactor"], "engine.strategy single"),
         (["--engine.stages", "0"], "engine.stages is 0"),
