@@ -324,7 +324,8 @@ class EvaluationConfig:
     """Name of a group of tasks -> split file (without .txt), or `p3:` and a named split of P3. Default: {"test":
     "test_tasks"}; where P3 alone is named {"mtest11": "p3:mtest11"}."""
     batch_examples: int = 64
-    """Examples answered together on one rank; of tasks with answer choices, choices."""
+    """Examples answered together on one rank; of tasks with answer choices, choices. A validation batch in training has
+    as many, at most 64."""
     max_instances: int = 100
     """Instances a task at the most, the same for every seed. SNI: the first ones, which are those of the published
     evaluation. P3: drawn, the same under each template of a data set; the published evaluation counts all."""

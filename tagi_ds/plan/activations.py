@@ -13,9 +13,15 @@ tokens, and R = N·L·d, I = N·L·inner, F = N·L·d_ff elements:
 * dropout: a byte an element on a GPU, an element on the processor.
 
 With recomputation a block keeps its input alone, and one block at a time has all of the above again.
+
+A validation batch keeps nothing for a backward pass: it takes its instructions, adapters and fusion's keys and values,
+and of one block at a time the larger of attention (q, k, v, and the mask laid over the position bias, e·N·heads·L·L,
+twice while it is made contiguous) and feed-forward; in the decoder also the encoded inputs and their keys and values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from tagi_ds.model.head import CHUNK_ELEMENTS
 from tagi_ds.plan.shapes import Block, Shapes, adapter_elements
@@ -91,18 +97,49 @@ def logit_bytes(shapes: Shapes, work: Workload) -> int:
     Beside it the hidden states of the targets, what is kept of them and their gradient; where the head trains, its
     gradient in float32 and one chunk's share of it.
     """
-    positions = work.examples * work.target
-    rows = min(positions, max(1, CHUNK_ELEMENTS // shapes.vocabulary))
-    chunk = rows * shapes.vocabulary * (4 if work.precision == "fp32" else 6)
+    positions, chunk = work.examples * work.target, _chunk_bytes(shapes, work)
     trained_head = shapes.trains[0] if shapes.head else shapes.trains[2]
     weight = shapes.vocabulary * shapes.d_model * (4 + work.element) * trained_head
     return chunk + weight + 3 * work.element * positions * shapes.d_model
+
+
+def validation_bytes(shapes: Shapes, blocks: Sequence[Block], work: Workload) -> int:
+    """Bytes of a validation batch on a part of the model beside what lasts: no gradients, every length at its limit."""
+    e, n, d = work.element, work.examples, shapes.d_model
+    pools = sum(1 for block in shapes.blocks if block.fusion)
+    instructions = work.tasks * work.instruction * (2 * d + 2 * pools * shapes.fusion_inner)
+    front = work.memory_tokens if shapes.concatenate else 0
+    summits = [0]
+    if any(block.encoder for block in blocks):
+        summits.append(e * forward_elements(shapes, n, work.source, e))
+    if not all(block.encoder for block in blocks):
+        memory = n * work.source * d + 2 * n * (work.source + front) * shapes.inner
+        summits.append(e * (memory + forward_elements(shapes, n, work.target, e)) + _chunk_bytes(shapes, work))
+    return e * instructions + adapter_bytes(shapes, work) + max(summits)
+
+
+def forward_elements(shapes: Shapes, examples: int, length: int, e: int) -> int:
+    """Elements, of e bytes, that a stack of blocks takes without gradients: one block's, and what goes through all.
+
+    Before attention the norm has squared a float32 copy of its input; in the feed-forward both halves and their product
+    are there.
+    """
+    tokens = examples * length
+    stream = 3 * tokens * shapes.d_model
+    mask = examples * shapes.heads * length**2
+    attention = 2 * mask + 3 * tokens * shapes.inner + tokens * shapes.d_model * 4 // e
+    return stream + max(attention, (3 if shapes.gated else 2) * tokens * shapes.d_ff)
 
 
 def backward_bytes(shapes: Shapes, work: Workload) -> int:
     """Bytes that a block's backward pass needs for a moment: gradients of width d_ff and of the residual stream."""
     tokens = work.examples * max(work.source, work.target)
     return work.element * tokens * (4 * shapes.d_ff + 3 * shapes.d_model)
+
+
+def _chunk_bytes(shapes: Shapes, work: Workload) -> int:
+    rows = min(work.examples * work.target, max(1, CHUNK_ELEMENTS // shapes.vocabulary))
+    return rows * shapes.vocabulary * (4 if work.precision == "fp32" else 6)
 
 
 def _norm(shapes: Shapes, work: Workload, length: int) -> int:

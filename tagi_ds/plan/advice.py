@@ -14,7 +14,7 @@ from tagi_ds.plan.operations import Operations, count_operations
 from tagi_ds.plan.shapes import Shapes, count_model
 from tagi_ds.plan.stages import balance
 from tagi_ds.plan.timing import Timing, compute_seconds, time_of, unit_costs
-from tagi_ds.plan.workload import Workload, expected_work, workload_of
+from tagi_ds.plan.workload import Workload, expected_work, validation_work, workload_of
 
 _ALIKE = 0.95
 """Layouts within this share of the fastest one's tokens a second are as fast as it."""
@@ -146,7 +146,7 @@ def _reckon(
         batch=batch_problem(layout, config),
         work=work,
         expected=expected,
-        memory=memory_of(shapes, work, layout, cluster, accumulation, stages),
+        memory=memory_of(shapes, work, layout, cluster, accumulation, stages, validation_work(config, stage, work)),
         traffic=traffic,
         timing=time_of(shapes, expected, operations, traffic, layout, cluster, accumulation, stages),
         operations=operations,
@@ -192,6 +192,7 @@ def _advise(plan: Plan, config: RunConfig) -> list[str]:
         said.append(f"The recipe says engine.strategy {config.engine.strategy}.")
     if best.accumulation != config.engine.accumulation:
         said.append(f"Set engine.accumulation {best.accumulation}, where the recipe says {config.engine.accumulation}.")
+    said += _about_validation(plan, best, config)
     said += _about_replication(plan)
     if best.largest > best.work.examples:
         said.append(
@@ -199,6 +200,26 @@ def _advise(plan: Plan, config: RunConfig) -> list[str]:
             + ("; recomputation could be switched off first." if config.engine.activation_checkpointing else ".")
         )
     return said
+
+
+def _about_validation(plan: Plan, best: Candidate, config: RunConfig) -> list[str]:
+    """What to do where a validation batch does not fit, whatever fits a step."""
+    assert best.work is not None
+    work, room = validation_work(config, plan.stage, best.work), plan.cluster.memory
+    if best.memory is None or work is None or best.memory.validation <= room:
+        return []
+
+    def fits(examples: int) -> bool:
+        smaller = replace(work, examples=examples, tasks=min(work.tasks, examples))
+        found = memory_of(plan.shapes, best.work, best.layout, plan.cluster, best.accumulation, best.stages, smaller)
+        return found.validation <= room
+
+    largest = largest_fitting(fits, work.examples)
+    mend = f"set evaluation.batch_examples {largest}" if largest else "set data.validation_tasks 0 and name no split"
+    return [
+        f"A validation batch of {work.examples} examples at their longest takes {best.memory.validation / 1e9:.1f} GB "
+        f"of {plan.cluster.memory_gb:.0f}: {mend}."
+    ]
 
 
 def _about_replication(plan: Plan) -> list[str]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from tagi_ds.config import RunConfig
 from tagi_ds.model.compiled import KEPT_BYTES
 from tagi_ds.model.precision import DTYPES, Precision
+from tagi_ds.plan.activations import forward_elements
 from tagi_ds.plan.cluster import Cluster
 from tagi_ds.plan.memory import CONTEXT, FRAGMENTATION, largest_fitting
 from tagi_ds.plan.shapes import Shapes, adapter_elements, count_model
@@ -131,7 +132,7 @@ def answering_memory(shapes: Shapes, work: Answering, precision: Precision, cpu:
     sites = [site for block in shapes.blocks for site in block.sites]
     merged = e * sum(site.d_in * site.d_out for site in sites) if precision == "fp32" else 0
     tasks = KEPT_BYTES + e * _task_elements(shapes, work)
-    encoder = e * _encoder_elements(shapes, work, e)
+    encoder = e * forward_elements(shapes, work.examples, work.source, e)
     decoder = e * (cache_elements(shapes, work) + 2 * work.examples * work.beams * _buffer(work) * shapes.inner)
     tokens = work.examples * (work.target if work.ranked else work.beams)
     decoder += tokens * shapes.vocabulary * (e + (8 if work.ranked else 0))
@@ -159,19 +160,6 @@ def _task_elements(shapes: Shapes, work: Answering) -> int:
     fusion = 2 * shapes.fusion_inner * sum(1 for block in shapes.encoder if block.fusion)
     front = 2 * shapes.inner * len(shapes.decoder) * shapes.concatenate
     return adapters + work.instruction * (fusion + front + shapes.d_model)
-
-
-def _encoder_elements(shapes: Shapes, work: Answering, e: int) -> int:
-    """The larger of attention and feed-forward in one block, and what goes through all of them.
-
-    Before attention the norm has squared a float32 copy of its input; in the feed-forward both halves and their product
-    are there.
-    """
-    tokens = work.examples * work.source
-    stream = 3 * tokens * shapes.d_model
-    mask = work.examples * shapes.heads * work.source**2
-    attention = 2 * mask + 3 * tokens * shapes.inner + tokens * shapes.d_model * 4 // e
-    return stream + max(attention, (3 if shapes.gated else 2) * tokens * shapes.d_ff)
 
 
 def _largest(shapes: Shapes, work: Answering, precision: Precision, cluster: Cluster) -> int:

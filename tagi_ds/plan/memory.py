@@ -22,7 +22,7 @@ the module in hand; hpZ adds e·P / GPUs of a node. A step has three summits, of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tagi_ds.plan import activations
 from tagi_ds.plan.cluster import Cluster
@@ -49,6 +49,7 @@ class Memory:
         allowance: context and fragmentation.
         peak: the highest summit with the allowance; kinds of different summits do not add up to it.
         host: what is offloaded, in the host's memory for this GPU (or on its disk).
+        validation: the peak of a validation batch with the allowance, which a step's peak leaves out; 0 without one.
     """
 
     frozen: float
@@ -63,10 +64,17 @@ class Memory:
     allowance: float
     peak: float
     host: float = 0.0
+    validation: float = 0.0
 
 
 def memory_of(
-    shapes: Shapes, work: Workload, layout: Layout, cluster: Cluster, accumulation: int, stages: Sequence[range] = ()
+    shapes: Shapes,
+    work: Workload,
+    layout: Layout,
+    cluster: Cluster,
+    accumulation: int,
+    stages: Sequence[range] = (),
+    validation: Workload | None = None,
 ) -> Memory:
     """Memory of the fullest GPU.
 
@@ -74,11 +82,12 @@ def memory_of(
         work: one micro-batch of one GPU, or of one pipeline.
         accumulation: micro-batches a step.
         stages: blocks of each pipeline stage (of :func:`tagi_ds.plan.stages.balance`).
+        validation: a validation batch (of :func:`tagi_ds.plan.workload.validation_work`).
     """
-    if layout.strategy != "pipeline":
-        return _of_part(shapes, work, layout, cluster, accumulation, range(len(shapes.blocks)), 0)
-    parts = [_of_part(shapes, work, layout, cluster, accumulation, part, i) for i, part in enumerate(stages)]
-    return max(parts, key=lambda memory: memory.peak)
+    parts = list(stages) if layout.strategy == "pipeline" else [range(len(shapes.blocks))]
+    found = [_of_part(shapes, work, layout, cluster, accumulation, part, i, validation) for i, part in enumerate(parts)]
+    fullest = max(found, key=lambda memory: memory.peak)
+    return replace(fullest, validation=max(memory.validation for memory in found))
 
 
 def largest_fitting(fits: Callable[[int], bool], most: int = 4096) -> int:
@@ -101,7 +110,14 @@ def largest_fitting(fits: Callable[[int], bool], most: int = 4096) -> int:
 
 
 def _of_part(
-    shapes: Shapes, work: Workload, layout: Layout, cluster: Cluster, accumulation: int, part: range, stage: int
+    shapes: Shapes,
+    work: Workload,
+    layout: Layout,
+    cluster: Cluster,
+    accumulation: int,
+    part: range,
+    stage: int,
+    validation: Workload | None,
 ) -> Memory:
     blocks = [shapes.blocks[i] for i in part]
     e, buffers = work.element, layout.buffers
@@ -128,6 +144,10 @@ def _of_part(
     after_backward = gradients + adapters + (0 if in_flight == 1 else kept)
     summit = lasting + max(at_loss, after_backward, gradients + temporaries)
     allowance = 0.0 if cluster.is_cpu else CONTEXT + FRAGMENTATION * summit
+    validated = 0.0
+    if validation is not None:
+        validated = lasting + activations.validation_bytes(shapes, blocks, validation)
+        validated += 0.0 if cluster.is_cpu else CONTEXT + FRAGMENTATION * validated
     return Memory(
         frozen_bytes,
         trained_bytes,
@@ -141,6 +161,7 @@ def _of_part(
         allowance,
         summit + allowance,
         host,
+        validated,
     )
 
 

@@ -152,6 +152,8 @@ def _memory_table(plan: Plan) -> Table:
     kinds = ["frozen", "trained", "optimizer", "gradients", "buffers", "activations", "logits", "adapters"]
     if any(candidate.memory is not None and candidate.memory.host for candidate in plan.candidates):
         kinds.append("host")
+    if any(candidate.memory is not None and candidate.memory.validation for candidate in plan.candidates):
+        kinds.append("validation")
     table.add_column("layout")
     for title in (*kinds, "peak", "fits", "largest micro-batch"):
         table.add_column(title, justify="right")

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from tagi_ds.config import RunConfig
 
+VALIDATION_EXAMPLES = 64
+"""Examples in a validation batch at the most: more do not make it faster, and training has left less memory."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -98,6 +101,26 @@ def workload_of(config: RunConfig, stage: str, replicas: int, cpu: bool) -> Work
         cpu=cpu,
         instruction_cache=stage == "finetune" and engine.instruction_cache != "off",
     )
+
+
+def validation_examples(config: RunConfig) -> int:
+    """Examples in a validation batch: as many as are answered together later, where that is less than the most."""
+    return min(VALIDATION_EXAMPLES, config.evaluation.batch_examples)
+
+
+def validation_work(config: RunConfig, stage: str, work: Workload) -> Workload | None:
+    """A validation batch of one replica at the recipe's limits; None where nothing is validated.
+
+    A task's examples follow one another: a batch holds one task's, or where they end, also the next one's.
+
+    Args:
+        work: of :func:`workload_of`.
+    """
+    data = config.data
+    if stage == "pretrain" or (data.validation_split is None and not data.validation_tasks):
+        return None
+    examples = validation_examples(config)
+    return replace(work, examples=examples, tasks=min(2, examples) if work.tasks else 0)
 
 
 def expected_work(config: RunConfig, stage: str, limits: Workload, lengths: tuple[int, int, int] | None) -> Workload:

@@ -25,9 +25,7 @@ from tagi_ds.errors import UserError
 from tagi_ds.launch import Stage
 from tagi_ds.model.backbone import content_hash
 from tagi_ds.model.tagi import TagiForConditionalGeneration
-
-VALIDATION_EXAMPLES = 64
-"""Examples in a validation batch at the most: more do not make it faster, and training has left less memory."""
+from tagi_ds.plan.workload import validation_examples
 
 
 def task_source(
@@ -235,11 +233,6 @@ class BackboneRecord:
                 "the run began with another frozen A (model.a shared): its teachers or its model.initial have changed",
                 "put those back with which it began, or choose another --output_dir",
             )
-
-
-def validation_examples(config: RunConfig) -> int:
-    """Examples in a validation batch: as many as are answered together later, where that is less than the most."""
-    return min(VALIDATION_EXAMPLES, config.evaluation.batch_examples)
 
 
 def held_out_batches(stage: Stage, tasks: Sequence[Task], collator: Collator) -> list[Batch]:

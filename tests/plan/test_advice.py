@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -246,3 +247,23 @@ def test_the_command_prints_the_plan_and_writes_it(tmp_path: Path) -> None:
     wrong = subprocess.run([*command[:-1], "8xK80"], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --cluster 8xK80")
+
+
+def test_a_validation_batch_that_does_not_fit_is_said_with_the_one_that_does() -> None:
+    """An 11B on GPUs of 45 GB: a step has one example a micro-batch, a validation batch has 64 unless told."""
+    small = replace(read_cluster("8xH100"), memory_gb=45.0)
+
+    def planned(examples: int) -> tuple[Plan, list[str]]:
+        flags = ("--data.tasks_per_batch", "8", "--data.examples_per_task", "1", "--data.max_source_tokens", "1024")
+        plan = make_plan(read("sni_xxl", *flags, "--evaluation.batch_examples", str(examples)), "finetune", small)
+        assert plan.recommended is not None
+        return plan, [sentence for sentence in plan.advice if "validation batch" in sentence]
+
+    plan, said = planned(64)
+    assert said[0].startswith("A validation batch of 64 examples at their longest takes 5")
+    fitting = int(said[0].rpartition(" ")[2].rstrip("."))
+    assert 16 <= fitting < 64
+    for examples, is_said in ((fitting, False), (fitting + 1, True)):
+        other, told = planned(examples)
+        assert bool(told) == is_said
+        assert other.recommended.layout == plan.recommended.layout  # type: ignore[union-attr]

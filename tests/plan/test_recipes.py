@@ -34,8 +34,12 @@ def test_every_recipe_is_planned_for_every_stage(path: Path, stage: str) -> None
         assert work is not None
         assert memory.peak > memory.frozen + memory.trained + memory.optimizer
         assert candidate.fits == (memory.peak <= plan.cluster.memory)
+        validated = memory.validation > memory.frozen + memory.trained + memory.optimizer
+        assert validated == (stage != "pretrain"), "pretraining validates nothing"
         assert timing.step_s >= max(timing.compute_s, timing.optimizer_s)
         assert 0 < timing.mfu < 0.58, "no more than what computing alone reaches"
+    assert plan.recommended.memory is not None
+    assert plan.recommended.memory.validation <= plan.cluster.memory, "the recipe's validation fits there, too"
     printed = io.StringIO()
     print_plan(plan, Console(file=printed, width=160))
     assert f"{plan.shapes.parameters - plan.shapes.generator - plan.shapes.fusion:,}" in printed.getvalue()

@@ -10,10 +10,11 @@ from tagi_ds.config import DataConfig, EngineConfig, EvaluationConfig, RunConfig
 from tagi_ds.data.examples import Example, Task
 from tagi_ds.data.mixture import TaskMixture
 from tagi_ds.errors import UserError
+from tagi_ds.plan.workload import validation_examples
 from tagi_ds.recipe import to_dict
 from tagi_ds.recipe_rules import check
 from tagi_ds.run_folder import differing_fields
-from tagi_ds.stages.training import padding_of, planned_steps, validation_examples
+from tagi_ds.stages.training import padding_of, planned_steps
 from tagi_ds.teachers.distillation import DistilledSource
 
 TASK = Task("t", "say", "c", tuple(Example(str(n), "lamp", ("bell",)) for n in range(10)))
