@@ -205,13 +205,14 @@ def _advise(plan: Plan, config: RunConfig) -> list[str]:
 def _about_validation(plan: Plan, best: Candidate, config: RunConfig) -> list[str]:
     """What to do where a validation batch does not fit, whatever fits a step."""
     assert best.work is not None
-    work, room = validation_work(config, plan.stage, best.work), plan.cluster.memory
+    step, room = best.work, plan.cluster.memory
+    work = validation_work(config, plan.stage, step)
     if best.memory is None or work is None or best.memory.validation <= room:
         return []
 
     def fits(examples: int) -> bool:
         smaller = replace(work, examples=examples, tasks=min(work.tasks, examples))
-        found = memory_of(plan.shapes, best.work, best.layout, plan.cluster, best.accumulation, best.stages, smaller)
+        found = memory_of(plan.shapes, step, best.layout, plan.cluster, best.accumulation, best.stages, smaller)
         return found.validation <= room
 
     largest = largest_fitting(fits, work.examples)
