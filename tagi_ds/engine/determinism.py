@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -26,4 +27,5 @@ def choose_kernels(deterministic: bool, device: torch.device) -> None:
     # Not as mere warnings: memory-efficient attention then keeps its fast backward pass, which is none of them.
     torch.use_deterministic_algorithms(True, warn_only=False)
     # It would fill every new tensor, against code that reads before it writes.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setting: Any = torch.utils.deterministic
+    setting.fill_uninitialized_memory = False

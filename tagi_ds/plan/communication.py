@@ -9,8 +9,8 @@ the instructions where the step encodes them, the whole model for the forward an
 (recomputation shares that one), and scatters the gradients. hpZ gathers within each node from its second copy, in the
 forward pass too: a frozen parameter's copy never expires, a trained one's does with the optimizer's step, so that what
 trains is gathered over all nodes once a step (DeepSpeed 0.19.8, `all_gather_coalesced`, `invalidate_secondary_tensor`).
-What is offloaded passes between each GPU and its host besides, a shard in every gathering, a share of the gradients down
-and of the parameters up again; beside the gathering, so that the slower of the two counts.
+What is offloaded passes between each GPU and its host besides, a shard in every gathering, a share of the gradients
+down and of the parameters up again; beside the gathering, so that the slower of the two counts.
 """
 
 from __future__ import annotations

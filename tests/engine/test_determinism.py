@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from tagi_ds.engine.determinism import CUBLAS_WORKSPACE, choose_kernels
+
+SETTING: Any = torch.utils.deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +19,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Set and deleted: what is set under way is gone after the test."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(SETTING, "fill_uninitialized_memory", True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -32,7 +35,7 @@ def test_on_a_gpu_kernels_are_deterministic_or_refused(monkeypatch: pytest.Monke
     choose_kernels(True, torch.device("cuda", 0))
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not SETTING.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == CUBLAS_WORKSPACE
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     choose_kernels(True, torch.device("cuda", 0))
