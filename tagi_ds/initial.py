@@ -109,9 +109,10 @@ class Initial:
             mark = self._known.get("shared_a")
         if mark != mark_of(expected):
             whose = "the teachers have" if is_the_teachers else "this run has"
+            known = f"was trained under another A than {whose}"
+            told = known if mark is not None else "does not say under which A it was trained"
             raise UserError(
-                f"model.initial {self.source} was trained under another A than {whose}: with model.a shared its B "
-                "means nothing under this one",
+                f"model.initial {self.source} {told}: with model.a shared a B means nothing under another one",
                 "use one seed and rank for pretraining and the teachers, which both then have the same A; or set "
                 "model.a generated",
             )

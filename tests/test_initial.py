@@ -102,7 +102,7 @@ def test_a_run_that_does_not_say_its_a_is_refused(tiny_folder: Path, tmp_path: P
     strategy.prepare(model, OptimizerConfig(), 1)
     CheckpointStore(tmp_path, keep=1).save(strategy, RunState(step=1, total_steps=1))
     config.model.initial = str(tmp_path)
-    with pytest.raises(UserError, match="another A"):
+    with pytest.raises(UserError, match="does not say under which A it was trained"):
         build_tagi(config)
     with pytest.raises(UserError, match="began with another frozen A"):
         BackboneRecord(config, "finetune", model.shared_a_mark).load_state_dict({})
