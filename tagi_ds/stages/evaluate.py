@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tagi_ds.backbone_hash import share_hash
 from tagi_ds.build import load_study_tokenizer, study_backbone
 from tagi_ds.config import Control, DataConfig, RunConfig
 from tagi_ds.data.catalogue import P3, EvaluatedGroup, evaluated_group, evaluation_groups, training_split
@@ -80,6 +81,8 @@ def run(stage: Stage) -> dict[str, Any]:
 
     for method, source in map(items.__getitem__, items_of_this_job(stage, list(items), is_there)):
         with memory_told(f"evaluate, {method} in {precision}", config.engine, memory_advice(config, precision)):
+            for folder in weight_folders(config, source):
+                share_hash(folder)
             model, identity = load_method(config, source, method, tokenizer, DTYPES[precision])
             model.to(stage.ranks.device)
             rows = evaluation.rows(model, identity, method)
