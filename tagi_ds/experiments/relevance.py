@@ -26,6 +26,7 @@ CIRCUMSTANCES = (
     "engine.activation_checkpointing",
     "engine.instruction_cache",
     "engine.peak_tflops",
+    "engine.deterministic",
     "engine.log_every",
     "engine.checkpoint_every",
     "engine.keep_checkpoints",
