@@ -214,9 +214,9 @@ def test_a_store_of_another_backbone_or_data_set_is_refused(
     task = json.loads((study / "sni" / "tasks" / "task1.json").read_text())
     task["Instances"][0]["output"] = ["bell"]
     other = str(spoilt("tasks/task1.json", json.dumps(task)))
-    for weights, store in (("--loss.kl", parameters), ("--loss.alignment", logits)):
+    for weights, store, bound in (("--loss.kl", parameters, "inputs"), ("--loss.alignment", logits, "dataset")):
         text = refusal("--data.sni_dir", other, weights, "0")
-        assert f"{store} does not fit this run; differing: dataset (store: " in text
+        assert f"{store} does not fit this run; differing: {bound} (store: " in text
     missing = tmp_path / "nowhere"
     assert f"{missing} is not a finished store" in refusal("--loss.logit_store", str(missing))
     assert "differing: rank (store: 2, run: 4)" in refusal("--model.rank", "4", "--loss.alignment_form", "mse")

@@ -98,7 +98,9 @@ def _saved_bytes(model: torch.nn.Module, batch: dict[str, Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        state = model(**batch).state
+        # Without labels, whose plain loss training never takes.
+        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        state = model(**given, decoder_input_ids=batch["labels"].clamp_min(0)).state
     for factors in (*state.adapters.values(), *state.fusion.values()):
         for tensor in factors:
             note(tensor)
