@@ -23,7 +23,15 @@ from tagi_ds.experiments.processes import LocalProcess, Start
 from tagi_ds.experiments.report import write_study_report
 from tagi_ds.experiments.runner import Outcome, Runner
 from tagi_ds.experiments.study_file import check_fields, read_study
-from tagi_ds.experiments.tuning import chosen_values, read_tuned, tuning_outcome, tuning_rounds, write_tuning
+from tagi_ds.experiments.tuning import (
+    chosen_values,
+    first_trials,
+    further_trials,
+    read_tuned,
+    tuning_outcome,
+    tuning_rounds,
+    write_tuning,
+)
 from tagi_ds.files import write_json
 
 TUNING = "tuning"
@@ -61,23 +69,41 @@ def _tune_and_run(study: Study, parts: list[str], work: Callable[[Plan], Outcome
     """Tuning first, where it is asked for or a part needs its outcome; then the parts, then the report."""
     tuned = read_tuned(study)
     if tuned is None or TUNING in parts:
-        found: dict[str, Any] = {}
-        for names in tuning_rounds(study):
-            plan = plan_study(study, [], names, chosen_values(found))
-            outcome = work(plan)
-            if not outcome.complete:
-                return _failures(outcome)
-            shown = tuning_outcome(study, plan)
-            found = {**shown, "methods": {**found.get("methods", {}), **shown["methods"]}}
-        if found:
-            write_tuning(study, found)
-        tuned = chosen_values(found)
+        outcome = _tune(study, work)
+        if outcome is not None and not outcome.complete:
+            return _failures(outcome)
+        tuned = read_tuned(study)
     named = [part for part in parts if part != TUNING]
     if not named:
         return 0
     outcome = work(plan_study(study, named, tuned=tuned))
     _report(study, named)
     return _failures(outcome)
+
+
+def _tune(study: Study, work: Callable[[Plan], Outcome]) -> Outcome | None:
+    """Tries points of the grid until no method has another to try, and records what that chose.
+
+    Returns:
+        That of the last launches, complete or not; None where there is nothing to tune.
+    """
+    outcome = None
+    found: dict[str, Any] = {}
+    for names in tuning_rounds(study):
+        assert study.tuning is not None
+        trials = further = first_trials(study.tuning, names)
+        while further:
+            plan = plan_study(study, [], trials, chosen_values(found))
+            outcome = work(plan)
+            if not outcome.complete:
+                return outcome
+            shown = tuning_outcome(study, plan)
+            further = further_trials(study.tuning, shown)
+            trials = {name: (*points, *further.get(name, ())) for name, points in trials.items()}
+        found = {**shown, "methods": {**found.get("methods", {}), **shown["methods"]}}
+    if found:
+        write_tuning(study, found)
+    return outcome
 
 
 def _work(study: Study, jobs: int, start: Start, plan: Plan) -> Outcome:
@@ -115,8 +141,10 @@ def _plan(study: Study, parts: list[str], tuned: Mapping[str, Mapping[str, Any]]
     named = [part for part in parts if part != TUNING]
     if tuned is None:
         print("not tuned yet: planned with the recipe's own values in the place of the tuned ones")
-    wanted = TUNING in parts or tuned is None
-    return plan_study(study, named, [name for names in tuning_rounds(study) for name in names if wanted], tuned)
+    trials = None
+    if study.tuning is not None and (TUNING in parts or tuned is None):
+        trials = first_trials(study.tuning, study.tuning.methods)
+    return plan_study(study, named, trials, tuned)
 
 
 def _estimates(study: Study, plan: Plan) -> Estimates:

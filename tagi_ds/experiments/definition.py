@@ -8,7 +8,7 @@
     averages: {unseen: [group, group]}  groups of tasks that are also reported together, each with the same weight
     speed: {flops_per_s: 1.5e10, start_s: 12, stages: {evaluate: 25}}       assumed until launches were measured
     set: {...}                          fields of every launch, in a recipe's shape, ``stages`` included
-    tuning: {part: main, seeds: [...], methods: [...], grid: {optimizer.learning_rate: [...]}}
+    tuning: {part: main, seeds: [...], methods: [...], grid: {optimizer.learning_rate: [...]}, start: {...}}
     parts:
       main: {seeds: [...], reference: tagi, variants: {tagi: {method: tagi, set: {...}}}, lengths: {}, remarks: []}
 
@@ -27,6 +27,8 @@ from tagi_ds.recipe import SECTIONS
 
 Tree = Mapping[str, Any]
 """Fields in a recipe's shape."""
+Point = tuple[tuple[str, Any], ...]
+"""Of a tuning grid: (field, value) pairs."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Tuning:
         methods: that are tuned, each in the stage in which it is trained: methods by themselves, or variants of `part`.
             One that is given another's compute is tuned after that one, with what was chosen for it.
         grid: dotted field -> its values.
+        start: of a grid of one field: the value at which every method begins. It goes on from there to the next value
+            as long as that is better, upwards first. Empty: every method tries every point.
         part: whose variants are meant where one has a method's name; a logit teacher among them is then one with the
             recipe's own values.
     """
@@ -95,6 +99,7 @@ class Tuning:
     methods: tuple[str, ...]
     grid: Mapping[str, tuple[Any, ...]]
     part: str | None = None
+    start: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from tagi_ds import run_folder
 from tagi_ds.config import RunConfig
+from tagi_ds.experiments.definition import Point
 
 BENCHMARK = "benchmark"
 """The stage, so to speak, that writes the embedded benchmark."""
@@ -92,7 +93,7 @@ class Trial:
     """One point of the tuning grid for one method and seed, and the node that was trained there."""
 
     method: str
-    point: tuple[tuple[str, Any], ...]
+    point: Point
     seed: int
     trained: str
 

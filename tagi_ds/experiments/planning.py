@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tagi_ds.config import RunConfig
 from tagi_ds.errors import UserError
 from tagi_ds.experiments.chain import Chain
-from tagi_ds.experiments.definition import Part, Study, Variant
+from tagi_ds.experiments.definition import Part, Point, Study, Variant
 from tagi_ds.experiments.nodes import BENCHMARK, NODES_FOLDER, Cell, Node, Plan, Trial
 from tagi_ds.experiments.relevance import goes_to, relevant_fields
 from tagi_ds.methods import APPROACHES
@@ -25,13 +25,18 @@ Tuned = Mapping[str, Mapping[str, Any]]
 """Method, or variant -> the grid's fields with the chosen values."""
 
 
-def plan_study(study: Study, parts: Sequence[str], tuning: Sequence[str] = (), tuned: Tuned | None = None) -> Plan:
+def plan_study(
+    study: Study,
+    parts: Sequence[str],
+    tuning: Mapping[str, Sequence[Point]] | None = None,
+    tuned: Tuned | None = None,
+) -> Plan:
     """Plans some parts of a study.
 
     Args:
         study: of a study's file.
         parts: names of those to plan, in order.
-        tuning: methods whose trials of the grid are planned too.
+        tuning: method -> points of the grid at which it is tried; these are planned too.
         tuned: what tuning chose; without it every method has the recipe's own values.
 
     Raises:
@@ -54,16 +59,16 @@ class Planner:
         self._recipes: dict[str, dict[str, Any]] = {}
         self._parsed: dict[tuple[str, tuple[tuple[str, str], ...]], RunConfig] = {}
 
-    def add_trials(self, methods: Sequence[str]) -> None:
-        """Plans every point of the tuning grid for some methods and every seed."""
+    def add_trials(self, trials: Mapping[str, Sequence[Point]]) -> None:
+        """Plans some methods at some points of the tuning grid, for every seed."""
         tuning = self.study.tuning
         assert tuning is not None
         variants = {} if tuning.part is None else self.study.parts[tuning.part].variants
-        for method in methods:
+        for method, points in trials.items():
             variant = variants.get(method) or Variant(method, method, method)
             # A teacher is not waited for: it has the recipe's own values. The compute of others is that of the tuned.
             others = {} if variant.compute_of is None else self.tuned
-            for point in points(tuning.grid):
+            for point in points:
                 for seed in tuning.seeds:
                     trained = self._chain(variants, variant, seed, others, dict(point)).trained()
                     self.plan.trials.append(Trial(method, point, seed, trained.name))
@@ -205,14 +210,6 @@ class Planner:
         words = (str(home / BENCHMARK), "--seed", str(seed))
         self.plan.nodes[name] = Node(name, BENCHMARK, home, words, (), identity)
         return self.plan.nodes[name]
-
-
-def points(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """Every combination of a grid's values, as (field, value) pairs."""
-    found: list[tuple[tuple[str, Any], ...]] = [()]
-    for key, values in grid.items():
-        found = [(*point, (key, value)) for point in found for value in values]
-    yield from found
 
 
 def _text(value: Any) -> str:

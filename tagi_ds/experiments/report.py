@@ -195,8 +195,11 @@ def _categories(figures: Mapping[str, Any]) -> Iterator[Block]:
 
 def _tuning(outcome: Mapping[str, Any]) -> Iterator[Block]:
     yield Heading("Tuning")
+    walked = "".join(
+        f", walked from {key} {value:g} as long as the next value was better" for key, value in outcome["start"].items()
+    )
     yield Paragraph(
-        f"The same grid for every method, chosen by the mean of {outcome['metric']} over the seeds "
+        f"The same grid for every method{walked}, chosen by the mean of {outcome['metric']} over the seeds "
         f"{', '.join(map(str, outcome['seeds']))} on the validation tasks; an edge means that the grid ends there."
     )
     rows = []

@@ -121,7 +121,7 @@ def _variant(name: str, value: Any, place: str) -> Variant:
 
 def _tuning(value: Any, parts: Mapping[str, Part], place: str) -> Tuning:
     tree = _table(value, place)
-    _known(tree, ("part", "seeds", "methods", "grid"), place, needed=("seeds", "methods", "grid"))
+    _known(tree, ("part", "seeds", "methods", "grid", "start"), place, needed=("seeds", "methods", "grid"))
     part = None if tree.get("part") is None else _one_of(tree["part"], parts, f"{place}.part")
     trained = [name for name, approach in APPROACHES.items() if approach.trained_in is not None]
     if part is not None:
@@ -136,7 +136,14 @@ def _tuning(value: Any, parts: Mapping[str, Part], place: str) -> Tuning:
         if not isinstance(values, list) or not values:
             raise UserError(f"{place}.grid.{key} is not a list of values", "write [first, second]")
         grid[key] = tuple(values)
-    return Tuning(_seeds(tree["seeds"], place), tuple(methods), grid, part)
+    start = _table(tree.get("start"), f"{place}.start")
+    for key, value in start.items():
+        if list(grid) != [key] or value not in grid[key]:
+            raise UserError(
+                f"{place}.start.{key} {value!r} is no value of a grid of that one field",
+                "start at a value of the grid, which has one field; or leave start out, and every point is tried",
+            )
+    return Tuning(_seeds(tree["seeds"], place), tuple(methods), grid, part, start)
 
 
 def check_fields(tree: Any, place: str) -> None:

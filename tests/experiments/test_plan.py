@@ -17,12 +17,12 @@ from tagi_ds.data.program_plan import plan_benchmark
 from tagi_ds.data.program_tasks import task_json
 from tagi_ds.data.prompts import input_text, instruction_text
 from tagi_ds.errors import UserError
-from tagi_ds.experiments.definition import leaves
+from tagi_ds.experiments.definition import Point, Study, leaves
 from tagi_ds.experiments.nodes import Cell, Node, Plan
-from tagi_ds.experiments.planning import plan_study, points
+from tagi_ds.experiments.planning import plan_study
 from tagi_ds.experiments.relevance import matters, relevant_fields, unknown_names
 from tagi_ds.experiments.study_file import read_study
-from tagi_ds.experiments.tuning import tuning_rounds
+from tagi_ds.experiments.tuning import first_trials, tuning_rounds
 from tagi_ds.methods import APPROACHES, METHODS
 from tagi_ds.recipe import field_types, parse
 from tests.experiments.studies import VARIANTS, study_of, tree_of
@@ -42,6 +42,10 @@ def trained(plan: Plan, variant: str) -> Node:
     name = cell_of(plan, variant).trained
     assert name is not None
     return plan.nodes[name]
+
+
+def every_trial(study: Study) -> dict[str, tuple[Point, ...]]:
+    return {} if study.tuning is None else first_trials(study.tuning, study.tuning.methods)
 
 
 MAIN: dict[str, Any] = {"seeds": [0], "reference": "tagi", "variants": {"tagi": {"method": "tagi"}}}
@@ -82,6 +86,10 @@ def part(**variants: Any) -> dict[str, Any]:
         ({"tuning": {"seeds": [0], "methods": ["untrained"], "grid": {}}}, "'untrained' is unknown"),
         ({"tuning": {"seeds": [0], "methods": ["tagi"], "grid": {"optimizer.rate": [1]}}}, "'optimizer.rate' is unkn"),
         ({"tuning": {"seeds": [0], "methods": ["tagi"], "grid": {"model.rank": 3}}}, "not a list of values"),
+        (
+            {"tuning": {"seeds": [0], "methods": ["tagi"], "grid": {"model.rank": [3]}, "start": {"model.rank": 4}}},
+            "no value of a grid",
+        ),
     ],
 )
 def test_mistakes_in_a_study_name_file_place_and_the_nearest(
@@ -250,9 +258,9 @@ def test_tuning_plans_the_same_grid_for_each_and_its_outcome_is_a_layer(tmp_path
     tuning = {"seeds": [0, 1], "methods": ["hint", "meta_training"], "grid": grid}
     fixed = {"method": "hint", "set": {"optimizer": {"learning_rate": 0.5}}}
     study = study_of(tmp_path, tuning=tuning, parts=part(hint={"method": "hint"}, fixed=fixed))
-    trials = plan_study(study, [], tuning["methods"])
+    trials = plan_study(study, [], every_trial(study))
     assert len(trials.trials) == 2 * 4 * 2
-    assert {trial.point for trial in trials.trials if trial.method == "hint"} == set(points(grid))
+    assert len({trial.point for trial in trials.trials if trial.method == "hint"}) == 4
     assert stages_of(trials, tuple(trials.nodes)).count("pretrain") == 2, "one a seed: only the last stage is tuned"
     assert not trials.cells
     chosen = {"hint": {"optimizer.learning_rate": 1e-3, "optimizer.weight_decay": 0.1}}
@@ -280,7 +288,7 @@ def test_a_part_lends_its_variants_to_the_tuning(tmp_path: Path) -> None:
     }
     tuning = {"part": "main", "seeds": [0], "methods": ["hint", "tagi", "tagi_open"], "grid": grid}
     study = study_of(tmp_path, tuning=tuning, parts=part(**variants))
-    trials = plan_study(study, [], tuning["methods"])
+    trials = plan_study(study, [], every_trial(study))
     assert [trial.method for trial in trials.trials] == ["hint", "hint", "tagi", "tagi", "tagi_open", "tagi_open"]
     taught, other = (
         trials.nodes[next(t.trained for t in trials.trials if t.method == m)] for m in ("tagi", "tagi_open")
@@ -314,7 +322,7 @@ def test_what_is_given_the_compute_of_others_is_tuned_after_them(tmp_path: Path)
     study = study_of(tmp_path, tuning=tuning, parts=part(**variants))
     assert tuning_rounds(study) == [("tagi", "open"), ("equal",)]
     chosen: dict[str, dict[str, Any]] = {"tagi": {}, "open": {"optimizer.learning_rate": 2e-3}}
-    late = plan_study(study, [], ["equal"], chosen)
+    late = plan_study(study, [], {"equal": every_trial(study)["equal"]}, chosen)
     plan = plan_study(study, ["main"], tuned={**chosen, "equal": {"optimizer.learning_rate": 1e-3}})
     equal, less = trained(plan, "equal"), trained(plan, "less")
     assert set(equal.price_of) == set(cell_of(plan, "open").training)
@@ -353,7 +361,7 @@ def test_every_shipped_study_can_be_planned(path: Path) -> None:
     else:
         assert set(tuning.methods) >= trained_methods, "all are tuned, on one grid"
     assert {variant.method for variant in study.parts["main"].variants.values()} >= trained_methods
-    plan = plan_study(study, list(study.parts), () if tuning is None else tuning.methods)
+    plan = plan_study(study, list(study.parts), every_trial(study))
     assert {cell.part for cell in plan.cells} == set(study.parts)
     # Within a part all trainings of a method's last stage take equally many steps over equally large batches.
     for name in study.parts:

@@ -21,7 +21,7 @@ from tagi_ds.experiments.nodes import Node, Plan
 from tagi_ds.experiments.planning import plan_study
 from tagi_ds.experiments.processes import LocalProcess
 from tagi_ds.experiments.runner import Runner, tail
-from tagi_ds.experiments.tuning import read_tuned, tuning_outcome, write_tuning
+from tagi_ds.experiments.tuning import first_trials, read_tuned, tuning_outcome, write_tuning
 from tagi_ds.files import write_json
 from tests.experiments.studies import FakeProcess, Launches, leave, study_of
 
@@ -205,7 +205,8 @@ def test_tuning_chooses_by_the_mean_over_seeds_and_is_kept(tmp_path: Path) -> No
     tuning = {"seeds": [0, 1], "methods": ["hint"], "grid": {"optimizer.learning_rate": [1e-3, 2e-3, 4e-3]}}
     study = study_of(tmp_path, tuning=tuning)
     assert read_tuned(study) is None
-    plan = plan_study(study, [], ["hint"])
+    assert study.tuning is not None
+    plan = plan_study(study, [], first_trials(study.tuning, ["hint"]))
     # 1e-3 has the best single seed, 2e-3 the best mean.
     scores = {(1e-3, 0): 0.9, (1e-3, 1): 0.1, (2e-3, 0): 0.6, (2e-3, 1): 0.7, (4e-3, 0): 0.5, (4e-3, 1): 0.5}
     best = {trial.trained: scores[trial.point[0][1], trial.seed] for trial in plan.trials}
