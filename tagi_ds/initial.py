@@ -32,6 +32,8 @@ from tagi_ds.model.weights import WeightFiles
 class Initial:
     """What an earlier run trained: a run folder (its best checkpoint) or a converted model folder.
 
+    Every rank makes one.
+
     Args:
         source: the folder.
 
@@ -43,8 +45,8 @@ class Initial:
         self.source = source
         self._values: TrainedParameters | WeightFiles
         if (source / "checkpoints").is_dir():
-            checkpoint = best_checkpoint(source)
-            self._values = TrainedParameters(checkpoint)
+            checkpoint = best_checkpoint(source, together=True)
+            self._values = TrainedParameters(checkpoint, checked=True)
             self._known: dict[str, Any] = read_json(checkpoint / "state.json")["run"]["extra"]
         elif (source / "model.safetensors").is_file() or list(source.glob("model-*.safetensors")):
             self._values = WeightFiles(source)

@@ -214,9 +214,8 @@ class CheckpointStore:
         names = broadcast_object([folder.name for folder in _steps(self.folder)] if is_main() else None)
         latest = None
         for name in names:
-            folder, ranks = self.folder / name, current()
-            found = gather_objects(damage_of(folder, ranks.rank, ranks.world_size))
-            damage = next((each for each in found if each is not None), None)
+            folder = self.folder / name
+            damage = _damage_told(folder)
             if damage is None:
                 return folder
             latest = latest or damage
@@ -230,13 +229,24 @@ class CheckpointStore:
         return None
 
 
-def best_checkpoint(run_dir: Path) -> Path:
+def _damage_told(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, of whose files every rank looks at a part; None: nothing."""
+    ranks = current()
+    found = gather_objects(damage_of(folder, ranks.rank, ranks.world_size))
+    return next((each for each in found if each is not None), None)
+
+
+def best_checkpoint(run_dir: Path, together: bool = False) -> Path:
     """Folder of the run's best complete checkpoint; of the latest, where the run has none evaluated.
+
+    Args:
+        run_dir: of the run.
+        together: every rank asks, and looks at a part of the files.
 
     Raises:
         UserError: the run has no complete checkpoint, or its best one is damaged.
     """
-    return _pointed(run_dir, ("best", "latest"))
+    return _pointed(run_dir, ("best", "latest"), _damage_told if together else damage_of)
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
@@ -245,15 +255,15 @@ def latest_checkpoint(run_dir: Path) -> Path:
     Raises:
         UserError: the run has no complete checkpoint, or its latest one is damaged.
     """
-    return _pointed(run_dir, ("latest",))
+    return _pointed(run_dir, ("latest",), damage_of)
 
 
-def _pointed(run_dir: Path, pointers: tuple[str, ...]) -> Path:
+def _pointed(run_dir: Path, pointers: tuple[str, ...], damage_in: Callable[[Path], str | None]) -> Path:
     folder = run_dir / "checkpoints"
     for pointer in pointers:
         if (folder / pointer).is_file():
             chosen = folder / (folder / pointer).read_text(encoding="utf-8").strip()
-            damage = damage_of(chosen)
+            damage = damage_in(chosen)
             if damage is not None:
                 raise UserError(f"checkpoint {chosen} is damaged: {damage}", "restore it, or train again")
             return chosen

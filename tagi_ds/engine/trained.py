@@ -22,13 +22,14 @@ class TrainedParameters(Mapping[str, Tensor]):
 
     Args:
         checkpoint: of any strategy.
+        checked: it was just found whole.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        damage = damage_of(checkpoint)
+    def __init__(self, checkpoint: Path, checked: bool = False) -> None:
+        damage = None if checked else damage_of(checkpoint)
         if damage is not None:
             raise UserError(f"checkpoint {checkpoint} is damaged: {damage}", "restore it, or train again")
         saved = read_json(checkpoint / "state.json")
