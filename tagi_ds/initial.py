@@ -45,7 +45,7 @@ class Initial:
         self.source = source
         self._values: TrainedParameters | WeightFiles
         if (source / "checkpoints").is_dir():
-            checkpoint = best_checkpoint(source, together=True)
+            checkpoint = best_checkpoint(source, by_all=True)
             self._values = TrainedParameters(checkpoint, checked=True)
             self._known: dict[str, Any] = read_json(checkpoint / "state.json")["run"]["extra"]
         elif (source / "model.safetensors").is_file() or list(source.glob("model-*.safetensors")):

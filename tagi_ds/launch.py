@@ -209,11 +209,4 @@ def _signals_heard() -> Iterator[None]:
 def _hold(run_dir: Path) -> None:
     """Holds the run folder; a requeued job waits for its former self, which may live on on a node that was cut off."""
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    deadline = time.monotonic() + (REQUEUED_WAIT_S if requeued else 0)
-    while True:
-        try:
-            return run_folder.hold(run_dir)
-        except UserError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(1)
+    run_folder.hold(run_dir, REQUEUED_WAIT_S if requeued else 0)

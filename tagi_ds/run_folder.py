@@ -139,13 +139,17 @@ def save(config: RunConfig, folder: Path, extra: Mapping[str, Any]) -> Path:
 _held: list[IO[str]] = []
 
 
-def hold(run_dir: Path) -> None:
+def hold(run_dir: Path, wait_s: float = 0.0) -> None:
     """Holds a run folder for this process until it ends, so that no second run writes into it; called on rank 0.
+
+    Args:
+        run_dir: of the run.
+        wait_s: how long another process may still hold it.
 
     Raises:
         UserError: another process holds it.
     """
-    deadline = time.monotonic() + _LOOKED_AT_S
+    began = time.monotonic()
     handle = (run_dir / LOCK_FILE).open("w")
     while True:
         try:
@@ -153,8 +157,9 @@ def hold(run_dir: Path) -> None:
             break
         except BlockingIOError as error:
             # Whoever runs in the folder keeps its lock; whoever looks (`is_held`) has it for a moment.
-            if time.monotonic() < deadline:
-                time.sleep(0.02)
+            waited = time.monotonic() - began
+            if waited < max(wait_s, _LOOKED_AT_S):
+                time.sleep(0.02 if waited < _LOOKED_AT_S else 1)
                 continue
             handle.close()
             raise UserError(

@@ -63,9 +63,14 @@ class Resources:
     """Further options of sbatch, e.g. --reservation=course."""
 
     @property
+    def processes_of_node(self) -> int:
+        """Processes of each machine, on GPUs or on its processor."""
+        return self.gpus_per_node or self.processes_per_node
+
+    @property
     def processes(self) -> int:
-        """Of one job."""
-        return self.nodes * (self.gpus_per_node or self.processes_per_node)
+        """Processes of one job."""
+        return self.nodes * self.processes_of_node
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,7 @@ def _options(job: Job, asked: Resources, study_dir: Path, cwd: Path) -> list[str
     }
     options = [f"--job-name={_quoted(job_name(study_dir, job.name))}"]
     options += [f"--{name}={_quoted(str(value))}" for name, value in named.items() if value is not None]
-    processes = asked.processes // asked.nodes
-    options += [f"--nodes={asked.nodes}", f"--ntasks-per-node={processes}"]
+    options += [f"--nodes={asked.nodes}", f"--ntasks-per-node={asked.processes_of_node}"]
     if asked.gpus_per_node:
         kind = f"{asked.gpu_type}:" if asked.gpu_type else ""
         options.append(f"--gpus-per-node={kind}{asked.gpus_per_node}")

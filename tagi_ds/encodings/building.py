@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tagi_ds.data.collate import pad_ids
 from tagi_ds.encodings.store import COMMAND, FORMAT, Shard, finish, is_whole, write_shard
-from tagi_ds.engine.distributed import at, broadcast_object, gather_objects, is_main, main_first
+from tagi_ds.engine.disk import together
+from tagi_ds.engine.distributed import at, broadcast_object, is_main, main_first
 from tagi_ds.engine.flops import FlopMeter
 from tagi_ds.engine.progress import Progress
 from tagi_ds.engine.strategy import Strategy
@@ -109,16 +112,14 @@ def _encode(folder: Path, left: Sequence[Shard], strategy: Strategy) -> int:
             ids, mask = pad_ids(shard.rows)
             with meter.counting():
                 encoded = strategy.encode_instructions(ids.to(device), mask.to(device))
-            failure = None
-            try:
-                if mine and replica.speaks:
-                    write_shard(folder / shard.name, shard, encoded)
-            except UserError as error:
-                failure = [error.problem, error.mend]
-            told = gather_objects([failure, meter.flops if mine else 0])
-            for failed, _ in told:
-                if failed is not None:
-                    raise UserError(*failed)
-            flops += sum(counted for _, counted in told)
+            path = folder / shard.name if mine and replica.speaks else None
+            flops += sum(together(partial(_keep, path, shard, encoded, meter.flops if mine else 0), folder))
             bar.update(bar.done + sum(len(each.rows) for each in turn))
+    return flops
+
+
+def _keep(path: Path | None, shard: Shard, encoded: Tensor, flops: int) -> int:
+    """Writes a file's encodings where this rank is to, and tells what they took."""
+    if path is not None:
+        write_shard(path, shard, encoded)
     return flops

@@ -236,17 +236,17 @@ def _damage_told(folder: Path) -> str | None:
     return next((each for each in found if each is not None), None)
 
 
-def best_checkpoint(run_dir: Path, together: bool = False) -> Path:
+def best_checkpoint(run_dir: Path, by_all: bool = False) -> Path:
     """Folder of the run's best complete checkpoint; of the latest, where the run has none evaluated.
 
     Args:
         run_dir: of the run.
-        together: every rank asks, and looks at a part of the files.
+        by_all: every rank asks, and looks at a part of the files.
 
     Raises:
         UserError: the run has no complete checkpoint, or its best one is damaged.
     """
-    return _pointed(run_dir, ("best", "latest"), _damage_told if together else damage_of)
+    return _pointed(run_dir, ("best", "latest"), _damage_told if by_all else damage_of)
 
 
 def latest_checkpoint(run_dir: Path) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tagi_ds.config import EngineConfig, OptimizerConfig
 from tagi_ds.engine import deepspeed_config
+from tagi_ds.engine.disk import together
 from tagi_ds.engine.distributed import Ranks, gather_objects
 from tagi_ds.engine.full_state import FullState
 from tagi_ds.engine.objective import Objective, StagedObjective, Term, loss_share
@@ -217,14 +218,7 @@ class PipelineStrategy(Strategy):
         """See `Strategy.save`; the full state, whatever the layout."""
         stage = stage_folder(folder, self._stages.stage_id) if self.replica.index == 0 else None
         written: list[Path] = []
-        failure: list[str] | None = None
-        try:
-            written = save_stage(self._engine, self._trained, stage)
-        except UserError as error:
-            failure = [error.problem, error.mend]
-        failures = [told for told in gather_objects(failure) if told]
-        if failures:
-            raise UserError(*failures[0])
+        together(lambda: written.extend(save_stage(self._engine, self._trained, stage)), folder)
         return [*written, join_stages(folder, self.engine_config.stages)] if self.ranks.is_main else written
 
     def load(self, folder: Path) -> None:

@@ -72,7 +72,7 @@ def part_figures(study: Study, part: Part, plan: Plan) -> dict[str, Any]:
     reference = next((row for row in rows if row.variant == part.reference), None)
     return {
         "title": part.title,
-        "lengths": {name: list(at) for name, at in {**part.lengths, **study.lengths}.items()},
+        "lengths": {name: list(at) for name, at in study.lengths_of(part).items()},
         "reference": part.reference,
         "seeds": list(part.seeds),
         "methods": {row.variant: _scores(row, reference, study.averages) for row in rows},
@@ -167,7 +167,7 @@ def _about(study: Study, part: Part, row: Row, plan: Plan) -> dict[str, Any]:
         "steps": _average([node.summary()["steps"] for node in own]),
         "flops": {"own": _average([node.summary()["flops"] for node in own]), "all": _average(everything)},
         "seconds": {"own": _average([node.summary()["seconds"] for node in own]), "all": _average(seconds)},
-        "relative_inference": relative_inference(shown.config, hypernetwork, {**part.lengths, **study.lengths}),
+        "relative_inference": relative_inference(shown.config, hypernetwork, study.lengths_of(part)),
         "measured_answering": {
             group: {
                 "operations": _average([found["flops"][group]["relative"]["once"] for found in measured]),

@@ -134,6 +134,10 @@ class Study:
     scale: float = 1.0
     averages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def lengths_of(self, part: Part) -> dict[str, tuple[int, int, int]]:
+        """At which answering is reckoned in a part: its own first, then the study's."""
+        return {**part.lengths, **self.lengths}
+
 
 def leaves(tree: Tree, stage: str) -> dict[str, Any]:
     """The fields that a tree in a recipe's shape sets for a stage, by dotted name."""

@@ -39,8 +39,10 @@ def seeds_and_tasks_interval(results: Sequence[Units]) -> tuple[float, float]:
         ValueError: the results are not of the same tasks.
     """
     mean, variance, freedom = _estimate(results)
-    if math.isnan(variance) or variance < _NOTHING:
-        return (math.nan, math.nan) if math.isnan(variance) else (mean, mean)
+    if math.isnan(variance):
+        return math.nan, math.nan
+    if variance < _NOTHING:
+        return mean, mean
     half = student_quantile(freedom) * math.sqrt(variance)
     return mean - half, mean + half
 

@@ -84,7 +84,7 @@ def tuning_outcome(study: Study, plan: Plan) -> dict[str, Any]:
     """
     assert study.tuning is not None
     methods: dict[str, Any] = {}
-    metric = "loss"
+    metric, order = "loss", list(_points(study.tuning.grid))
     for method in dict.fromkeys(trial.method for trial in plan.trials):
         points: dict[Point, dict[str, float]] = {}
         for trial in (trial for trial in plan.trials if trial.method == method):
@@ -97,7 +97,6 @@ def tuning_outcome(study: Study, plan: Plan) -> dict[str, Any]:
                     "name a data.validation_split, or hold tasks out with data.validation_tasks",
                 )
             points.setdefault(trial.point, {})[str(trial.seed)] = float(best["value"])
-        order = list(_points(study.tuning.grid))
         points = {point: points[point] for point in sorted(points, key=order.index)}
         means = {point: sum(values.values()) / len(values) for point, values in points.items()}
         # Of equal ones the first in the grid's order.
