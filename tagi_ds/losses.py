@@ -1,6 +1,8 @@
-"""The losses, as sums; whoever trains divides them by global counts. The KL is in :mod:`tagi_ds.divergence`.
+"""The alignment terms, as sums; whoever trains divides them by global counts.
 
 L = L_pred + λ1·KL(teacher || student) + λ2·MSE(teacher's adapter, generated adapter)   (paper, section 3.4)
+
+L_pred and the KL are read off the same logits, in :mod:`tagi_ds.reading` and :mod:`tagi_ds.divergence`.
 
 Sums rather than means, so that neither the world size, nor accumulation, nor the grouping by task changes the loss.
 """
@@ -11,24 +13,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tagi_ds.model.adapter import LowRank
 
 IGNORE = -100
 """Label of positions where nothing is to be predicted."""
-
-
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """L_pred: the summed negative log-likelihood of the target tokens, in nats.
-
-    Args:
-        logits: (N, T, V).
-        labels: (N, T), -100 where nothing counts.
-    """
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
 
 
 def factor_mse(

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from tagi_ds.config import LossConfig
 from tagi_ds.data.examples import Batch
 from tagi_ds.divergence import Distributions, FullDistributions, StoredDistributions, kl
-from tagi_ds.losses import label_loss
 from tagi_ds.model import head as head_module
 from tagi_ds.model.head import Figures, ReadingHead, accept_reader
 from tagi_ds.objectives import SequenceObjective, TagiObjective
 from tagi_ds.reading import TargetReader
 from tagi_ds.teachers.logit_entries import sampled, top_k
 from tests.conftest import VOCABULARY, MakeTagi
+from tests.plain_loss import label_loss
 from tests.test_divergence import of_entries
 
 N, T, V, D = 4, 5, 37, 8

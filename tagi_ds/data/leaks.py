@@ -88,11 +88,6 @@ class Leaks:
         yield from (("instruction", self.instruction), ("input", self.input), ("category", self.category))
 
 
-def find_leaks(train: Sequence[Task], other: Sequence[Task]) -> Leaks:
-    """Compares training tasks with test or validation tasks; see :func:`find_group_leaks`."""
-    return find_group_leaks(train, {"": other})[""]
-
-
 def find_group_leaks(train: Sequence[Task], groups: Mapping[str, Sequence[Task]]) -> dict[str, Leaks]:
     """Compares training tasks with each group of other tasks; a group's name -> what it shares with them.
 

@@ -30,7 +30,6 @@ ENDINGS = (*JSON_ENDINGS, PARQUET_ENDING)
 COLUMNS = ("inputs_pretokenized", "targets_pretokenized", "answer_choices", "idx", "is_correct")
 """What is read of a row; the published token ids are those of another tokenizer."""
 _BATCH = 1024
-_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,6 @@ class Term:
     weight: float = 1.0
 
 
-class Movable(Protocol):
-    """A batch: the engine only moves it. `example_ids`, where there is one, is named in errors."""
-
-    def to(self, device: torch.device) -> Any:
-        """The same batch on `device`."""
-
-
 class Objective(Protocol):
     """What is minimised: sum over terms of weight * value / total[per], totals over the global batch."""
 

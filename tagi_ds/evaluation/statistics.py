@@ -25,19 +25,6 @@ Units = Mapping[str, tuple[float, float]]
 """Name of a unit of chance (a task; of P3 a data set) -> (score, weight in the average)."""
 
 
-def bootstrap_interval(
-    per_task: Mapping[str, Mapping[str, Any]], metric: str, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of the average over examples when tasks are drawn anew (percentile bootstrap).
-
-    Args:
-        per_task: task -> scores with their number of "examples".
-        metric: which of the scores.
-        resamples, seed: of the bootstrap, which is deterministic.
-    """
-    return interval({name: (task[metric], task["examples"]) for name, task in per_task.items()}, resamples, seed)
-
-
 def interval(units: Units, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the weighted average of `units` when they are drawn anew (percentile bootstrap)."""
     scores, weights = np.array(list(units.values()), dtype=float).T

@@ -7,27 +7,27 @@ import numpy as np
 import pytest
 
 from tagi_ds.evaluation.metrics import average
-from tagi_ds.evaluation.statistics import EXACT, bootstrap_interval, interval, paired
+from tagi_ds.evaluation.statistics import EXACT, interval, paired
 
 
 def test_the_interval_is_that_of_the_mean_over_tasks() -> None:
     rng = random.Random(0)
     scores = [rng.gauss(50, 10) for _ in range(100)]
-    per_task = {str(at): {"rouge_l": score, "examples": 5} for at, score in enumerate(scores)}
-    low, high = bootstrap_interval(per_task, "rouge_l")
+    units = {str(at): (score, 5.0) for at, score in enumerate(scores)}
+    low, high = interval(units)
     mean = sum(scores) / 100
     error = (sum((score - mean) ** 2 for score in scores) / 99) ** 0.5 / 10
     assert low == pytest.approx(mean - 1.96 * error, abs=0.3)
     assert high == pytest.approx(mean + 1.96 * error, abs=0.3)
-    assert bootstrap_interval(per_task, "rouge_l") == (low, high)
-    one = {"a": {"rouge_l": 30.0, "examples": 7}}
-    assert bootstrap_interval(one, "rouge_l") == (30, 30)
+    assert interval(units) == (low, high)
+    assert interval({"a": (30.0, 7.0)}) == (30, 30)
 
 
 def test_the_interval_weighs_tasks_by_their_examples() -> None:
     per_task = {"big": {"rouge_l": 100.0, "examples": 99}, "small": {"rouge_l": 0.0, "examples": 1}}
     # Drawn twice from two tasks: both big (100), both small (0), or one of each (99).
-    assert bootstrap_interval(per_task, "rouge_l", resamples=500) == (0, 100)
+    units = {name: (task["rouge_l"], task["examples"]) for name, task in per_task.items()}
+    assert interval(units, resamples=500) == (0, 100)
     assert average({key: {**task, "exact_match": 0.0} for key, task in per_task.items()})["rouge_l"] == 99
 
 

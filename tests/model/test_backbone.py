@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from tagi_ds.data.examples import Batch
 from tagi_ds.errors import UserError
-from tagi_ds.losses import label_loss
 from tagi_ds.model.backbone import content_hash, has_own_head, load_backbone, resolve_folder
 from tests.conftest import MakeTagi, model_inputs
 from tests.distributed import run_ranks
+from tests.plain_loss import label_loss
 
 
 def test_the_head_is_the_checkpoints_own(tiny_folder: Path, tied_folder: Path) -> None:

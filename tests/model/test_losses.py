@@ -6,23 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tagi_ds.losses import alignment_weight, factor_mse, label_loss, product_mse
+from tagi_ds.losses import alignment_weight, factor_mse, product_mse
 from tagi_ds.model import LowRank
-
-N, T, V = 2, 4, 11
-LABELS = torch.tensor([[3, 4, 1, -100], [5, 1, -100, -100]])
-REAL = LABELS != -100
-
-
-def logits(seed: int) -> Tensor:
-    return 2 * torch.randn(N, T, V, generator=torch.Generator().manual_seed(seed))
-
-
-def test_label_loss_sums_over_target_tokens() -> None:
-    x = logits(0)
-    expected = -sum(x[n, t].log_softmax(-1)[LABELS[n, t]] for n in range(N) for t in range(T) if REAL[n, t])
-    torch.testing.assert_close(label_loss(x, LABELS), torch.as_tensor(expected))
-
 
 U, R, D_IN, D_OUT = 3, 4, 9, 7
 
