@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -43,6 +44,18 @@ def test_it_shows_every_launcher_and_recipe() -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_what_it_names_is_there(name: str) -> None:
     assert (ROOT / name.rstrip(".")).exists()
+
+
+def test_it_quotes_the_studys_main_table() -> None:
+    main = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))["parts"]["main"]
+    for name, scores in main["methods"].items():
+        about, unseen = main["about"][name], scores["unseen"]
+        low, high = unseen["interval"]
+        cells = [f"{scores[group]['mean']:.1f}" for group in ("seen", "unseen_arguments", "unseen_compositions")]
+        cells += [f"{unseen['mean']:.1f} ({low:.1f} to {high:.1f})"]
+        cells += [f"{about['relative_inference'][at]:.2f}" for at in main["lengths"]]
+        cells += [f"{about['flops']['all'] / 1e12:.1f}"]
+        assert f"| {about['title']} | {' | '.join(cells)} |\n" in TEXT
 
 
 @pytest.mark.parametrize("command", COMMANDS)
