@@ -27,6 +27,7 @@ from tagi_ds.experiments.tuning import (
     chosen_values,
     first_trials,
     further_trials,
+    read_chosen,
     read_tuned,
     tuning_outcome,
     tuning_rounds,
@@ -132,7 +133,7 @@ def _failures(outcome: Outcome) -> int:
 
 
 def _report(study: Study, parts: list[str], folder: Path | None = None) -> int:
-    path = write_study_report(study, [part for part in parts if part != TUNING], read_tuned(study) or {}, folder)
+    path = write_study_report(study, [part for part in parts if part != TUNING], read_chosen(study), folder)
     print(f"report: {path}" if path else "nothing is evaluated yet: no report", flush=True)
     return 0
 

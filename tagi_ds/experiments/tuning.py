@@ -130,19 +130,27 @@ def read_tuned(study: Study) -> dict[str, dict[str, Any]] | None:
     Raises:
         UserError: the record is of another grid.
     """
-    if study.tuning is None:
-        return {}
+    chosen = read_chosen(study)
+    wanted = () if study.tuning is None else study.tuning.methods
+    return chosen if set(wanted) <= set(chosen) else None
+
+
+def read_chosen(study: Study) -> dict[str, dict[str, Any]]:
+    """Method -> chosen values, of those that were tuned so far.
+
+    Raises:
+        UserError: the record is of another grid.
+    """
     path: Path = study.folder / TUNING_FILE
-    if not path.is_file():
-        return None
+    if study.tuning is None or not path.is_file():
+        return {}
     outcome = read_json(path)
     rule = _rule(study.tuning)
     if {key: outcome.get(key) for key in rule} != rule:
         raise UserError(
             f"{path} is the outcome of another grid", f"delete it, and tune again: --part tuning, on {study.path}"
         )
-    chosen = chosen_values(outcome)
-    return chosen if set(study.tuning.methods) <= set(chosen) else None
+    return chosen_values(outcome)
 
 
 def chosen_values(outcome: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from tagi_ds.experiments.nodes import Node, Plan
 from tagi_ds.experiments.planning import plan_study
 from tagi_ds.experiments.processes import LocalProcess
 from tagi_ds.experiments.runner import Runner, tail
-from tagi_ds.experiments.tuning import first_trials, read_tuned, tuning_outcome, write_tuning
+from tagi_ds.experiments.tuning import first_trials, read_chosen, read_tuned, tuning_outcome, write_tuning
 from tagi_ds.files import write_json
 from tests.experiments.studies import FakeProcess, Launches, leave, study_of
 
@@ -223,6 +223,7 @@ def test_tuning_chooses_by_the_mean_over_seeds_and_is_kept(tmp_path: Path) -> No
     (tmp_path / "other").mkdir()
     more = study_of(tmp_path / "other", tuning={**tuning, "methods": ["hint", "tagi"]}, study_dir=str(study.folder))
     assert read_tuned(more) is None, "one more is still to be tuned"
+    assert read_chosen(more) == read_tuned(study), "a report of what is there has those that were"
     other = study_of(tmp_path / "other", tuning={**tuning, "seeds": [0]}, study_dir=str(study.folder))
     with pytest.raises(ValueError, match="is the outcome of another grid"):
         read_tuned(other)
